@@ -1,0 +1,58 @@
+//! QoS classes: what is promised to a message, and what may happen to it.
+
+use std::time::Duration;
+
+/// What becomes of a message whose deadline cannot be met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnMiss {
+    /// Refuse it in the protocol's words.
+    Answer,
+    /// Forget it silently.
+    Drop,
+    /// Reset the connection it came on.
+    Reset,
+}
+
+/// A class of messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Class {
+    /// As configurations and metrics write it.
+    pub name: Box<str>,
+    /// 0 (first) to 3 (last).
+    pub tier: u8,
+    /// From the first byte read to the last byte of the answer relayed. `None`: no promise, never
+    /// queued, never shed.
+    pub deadline: Option<Duration>,
+    /// Percent of slots that lower tiers cannot be starved of, 0 to 100.
+    pub share_min: u8,
+    /// How many may wait.
+    pub queue_max: u32,
+    /// How often one message may be tried again.
+    pub retry: u8,
+    /// What becomes of it when its deadline cannot be met.
+    pub on_miss: OnMiss,
+}
+
+impl Class {
+    /// The built-in classes, in the order of their [`crate::ClassId`]s.
+    #[must_use]
+    pub fn built_in() -> Vec<Self> {
+        let class = |name: &str, tier, deadline_ms: u64, queue_max, retry| Self {
+            name: name.into(),
+            tier,
+            deadline: (deadline_ms > 0).then(|| Duration::from_millis(deadline_ms)),
+            share_min: 0,
+            queue_max,
+            retry,
+            on_miss: OnMiss::Answer,
+        };
+        vec![
+            class("control", 0, 0, 0, 0),
+            class("emergency", 0, 100, 1_000, 3),
+            class("in-session", 0, 200, 4_000, 1),
+            class("setup", 1, 500, 4_000, 2),
+            class("mobility", 2, 2_000, 4_000, 2),
+            class("bulk", 3, 5_000, 4_000, 1),
+        ]
+    }
+}

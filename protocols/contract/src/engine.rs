@@ -1,0 +1,64 @@
+//! The per-worker state machine of a protocol.
+
+use std::time::Instant;
+
+use crate::{Endpoint, Message, Outbox, PeerChange, Refusal, Route, Router, Ticket};
+
+/// One per worker and listener. It owns no socket and reads no clock; every call may append to
+/// `out`, which the runtime flushes in one batch.
+///
+/// Calls come one at a time. `now` never runs backwards. After any call the runtime asks
+/// [`Engine::next_timeout`].
+pub trait Engine {
+    /// A message arrived: from a client, a backend, or another worker that handed it over.
+    fn on_message(
+        &mut self,
+        now: Instant,
+        message: Message<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    );
+
+    /// A request that waited may go.
+    fn on_granted(
+        &mut self,
+        now: Instant,
+        ticket: Ticket,
+        route: Route,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    );
+
+    /// A request that waited may not go.
+    fn on_refused(
+        &mut self,
+        now: Instant,
+        ticket: Ticket,
+        refusal: Refusal,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    );
+
+    /// A connection changed.
+    fn on_peer(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        change: PeerChange,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    );
+
+    /// Time has come to [`Engine::next_timeout`], or passed it.
+    fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox);
+
+    /// When the engine next wants to be called, if nothing happens before.
+    fn next_timeout(&self) -> Option<Instant>;
+
+    /// The node is leaving: say so to peers where the protocol has words for it. New sessions are
+    /// refused by the router from now on.
+    fn on_drain(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox);
+
+    /// How much is under way: transactions, pending requests, spliced flows. A drain waits for 0.
+    fn in_progress(&self) -> usize;
+}

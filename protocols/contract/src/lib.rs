@@ -1,0 +1,48 @@
+//! The contract between the codecs, the routing core and the runtime.
+//!
+//! Nothing here opens a socket, reads a clock or draws a random number: time and seeds are
+//! arguments. A codec ([`Protocol`], [`Engine`], [`Framer`]) inspects bytes and asks a [`Router`]
+//! where a message goes; the runtime feeds the engine and flushes its [`Outbox`]. The router never
+//! sees a protocol's words, the codec never sees a socket, the runtime never sees a header.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`ids`] | numbers that name workers, flows, pools, backends, classes |
+//! | [`message`] | where a message came from, where one goes, what happens to a peer |
+//! | [`framing`] | cutting a byte stream into messages |
+//! | [`class`] | QoS classes: tier, deadline, shares |
+//! | [`session`] | session keys: one stable hash to place by, one keyed hash to look up by |
+//! | [`token`] | the signed text that carries an instance through a protocol field |
+//! | [`query`] | what the core is asked and what it answers |
+//! | [`router`] | the core, as an engine sees it |
+//! | [`outbox`] | what an engine wants done |
+//! | [`engine`] | the per-worker state machine of a protocol |
+//! | [`protocol`] | the pluggable unit: options, factory, probes |
+//! | [`wheel`] | timers without a clock |
+#![forbid(unsafe_code)]
+
+pub mod class;
+pub mod engine;
+pub mod framing;
+pub mod ids;
+pub mod message;
+pub mod outbox;
+pub mod protocol;
+pub mod query;
+pub mod router;
+pub mod session;
+pub mod token;
+pub mod wheel;
+
+pub use class::{Class, OnMiss};
+pub use engine::Engine;
+pub use framing::{DatagramFramer, FrameError, Framer, Framing};
+pub use ids::{BackendId, ClassId, FlowId, Pin, PoolId, Ticket, WorkerId};
+pub use message::{CloseCause, Endpoint, Message, PeerChange, Transport};
+pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
+pub use protocol::{Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope};
+pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
+pub use router::{BackendView, Link, Router};
+pub use session::{Keyer, SessionKey};
+pub use token::{Token, TokenKeys};
+pub use wheel::Wheel;

@@ -1,0 +1,121 @@
+//! The routing core, as an engine sees it.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use crate::{
+    BackendId, Class, ClassId, CloseCause, FlowId, Keyer, Outcome, Pin, PoolId, Query, SessionKey,
+    Ticket, Token, Transport, Verdict,
+};
+
+/// What a stream link to a backend tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link<'a> {
+    /// It can take requests. For protocols that introduce themselves: only after that.
+    Up {
+        /// What the backend calls itself (Diameter: its Origin-Host); empty if nothing.
+        identity: &'a [u8],
+        /// What it can do (Diameter: its application identifiers); empty means anything.
+        capabilities: &'a [u32],
+    },
+    /// It takes nothing new for now (Diameter: watchdog unanswered, or a DPR was received).
+    Suspect,
+    /// It is down.
+    Down(CloseCause),
+}
+
+/// What an engine may know of a backend.
+#[derive(Clone, Copy, Debug)]
+pub struct BackendView<'a> {
+    /// The instance id.
+    pub name: &'a str,
+    /// Its pool.
+    pub pool: PoolId,
+    /// Its stable name.
+    pub pin: Pin,
+    /// How it is reached.
+    pub transport: Transport,
+    /// Where it is reached.
+    pub address: SocketAddr,
+    /// What it must call itself, when the configuration says so (`origin_host`).
+    pub identity: Option<&'a str>,
+}
+
+/// The core. One per worker; what is shared lies behind it, without a lock per message.
+pub trait Router {
+    /// Decides where a message goes.
+    fn route(&mut self, now: Instant, query: &Query<'_>) -> Verdict;
+
+    /// Withdraws a waiting request; nothing more is heard of the ticket.
+    fn withdraw(&mut self, now: Instant, ticket: Ticket);
+
+    /// Ends what [`Verdict::Go`] began. Feeds health, latency and limits.
+    fn outcome(&mut self, now: Instant, backend: BackendId, outcome: Outcome);
+
+    /// Tells of a backend's stream link. Backends of protocols with [`crate::Links::Single`] take
+    /// no message before their link is up.
+    fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>);
+
+    /// Notes that a session lives on a backend; a session that was noted already is refreshed.
+    /// Counted in the backend's sessions until forgotten or `ttl` after the last refresh.
+    fn learn(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    );
+
+    /// Ends a session. Unknown ones are ignored.
+    fn forget(&mut self, now: Instant, session: SessionKey);
+
+    /// Where the table says that a session lives, if it says so.
+    fn lookup(&mut self, now: Instant, session: SessionKey) -> Option<BackendId>;
+
+    /// Makes keys for sessions and names.
+    fn keyer(&self) -> &Keyer;
+
+    /// Signs an instance's pin and four bits of the caller's for the place that `binding` names.
+    fn seal(&self, pin: Pin, mark: u8, binding: u64) -> Token;
+
+    /// Reads a token back.
+    fn unseal(&self, text: &[u8], binding: u64) -> Option<(Pin, u8)>;
+
+    /// The backend that a pin names now, in whatever state it is; `None` if it is gone.
+    fn resolve(&self, pin: Pin) -> Option<BackendId>;
+
+    /// What is known of a backend; `None` if it is gone.
+    fn backend(&self, backend: BackendId) -> Option<BackendView<'_>>;
+
+    /// The backend of the pool that calls itself so (any letter case), configured or learned.
+    fn named(&self, pool: PoolId, identity: &[u8]) -> Option<BackendId>;
+
+    /// The backend at an address, if any: tells a backend's own requests from clients'.
+    fn backend_at(&self, address: SocketAddr) -> Option<BackendId>;
+
+    /// Calls back with each capability that some backend of the pool has told, each once.
+    fn capabilities(&self, pool: PoolId, each: &mut dyn FnMut(u32));
+
+    /// What the class promises. An unknown one answers as [`ClassId::BULK`].
+    fn class(&self, class: ClassId) -> &Class;
+
+    /// How long sessions of the pool are remembered without traffic.
+    fn session_ttl(&self, pool: PoolId) -> Duration;
+
+    /// The pool's `session.key`, one of [`crate::Protocol::SESSION_KEYS`] or empty for the default.
+    fn session_key_name(&self, pool: PoolId) -> &str;
+
+    /// Lets every worker find a client's flow by a name (a Diameter identity, a registered contact).
+    /// A later one of the same name replaces it. Bounded; the bound's hit is counted.
+    fn name_flow(&mut self, name: SessionKey, flow: FlowId);
+
+    /// The flow of that name.
+    fn named_flow(&self, name: SessionKey) -> Option<FlowId>;
+
+    /// Takes the name back, if the flow still has it.
+    fn unname_flow(&mut self, name: SessionKey, flow: FlowId);
+
+    /// Whether the node is leaving: no new sessions.
+    fn is_draining(&self) -> bool;
+}

@@ -1,0 +1,24 @@
+//! Strowger: a telco-grade multi-protocol load balancer and session router.
+//!
+//! # The data's way
+//! The same sentence for every protocol:
+//!
+//! ```text
+//! recvmmsg / read -> frame -> engine INSPECTS spans -> Query -> router ROUTES
+//!                 -> engine REWRITES into the outbox -> sendmmsg / writev
+//! ```
+//!
+//! The routing core never sees SIP. A codec never sees a socket. The runtime never sees a header.
+//!
+//! # Where things are
+//! | module | what it does |
+//! |---|---|
+//! | [`routing`] | pure: pools, affinity, balancing, health, snapshot, plan |
+//! | [`runtime`] | workers, UDP, TCP, links to backends, hand-over; `runtime::sys` has the only unsafe code |
+//! | [`control`] | configuration, watcher, probes, registry, admin HTTP |
+//! | [`observe`] | metrics, events, logs |
+//! | [`protocols`] | the one list of protocols |
+//! | [`edge`] | puts them together: one running edge |
+//! | [`demo`] | sample workloads and traffic on loopback |
+
+pub mod routing;

@@ -1,0 +1,221 @@
+//! What the core is told: plain values, already checked, from a configuration or a registration.
+//!
+//! A [`SnapshotSpec`] is the whole wanted state. [`super::Core::apply`] turns it into the next
+//! snapshot and takes over what lives on by identity.
+
+use std::any::Any;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use strowger_contract::{Class, LocalSocket, PoolId, Transport};
+
+/// The whole wanted state.
+#[derive(Clone, Debug, Default)]
+pub struct SnapshotSpec {
+    /// The node.
+    pub node: NodeSpec,
+    /// All classes: the built-in ones first, in the order of their ids.
+    pub classes: Vec<Class>,
+    /// The pools. A pool's id is its name's, by [`super::PoolNames`].
+    pub pools: Vec<PoolSpec>,
+    /// The listeners.
+    pub listeners: Vec<Arc<ListenerSpec>>,
+}
+
+/// The node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeSpec {
+    /// Its name.
+    pub name: String,
+    /// Its realm, or empty.
+    pub realm: String,
+}
+
+/// How a backend is chosen for a new session, within the first priority group that has a usable
+/// backend (lower numbers first, in every mode).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// Weighted rendezvous hashing of the session key; a Maglev table from 256 backends on.
+    #[default]
+    Hash,
+    /// Power of two choices by (in-flight + 1) x latency / weight.
+    LeastLoaded,
+    /// At random in proportion to weight.
+    WeightedRandom,
+    /// In turn, smoothly weighted.
+    RoundRobin,
+    /// RFC 2782: groups by priority, at random by weight inside.
+    Priority,
+}
+
+/// A pool.
+#[derive(Clone, Debug)]
+pub struct PoolSpec {
+    /// Its name.
+    pub name: String,
+    /// How a backend is chosen.
+    pub balance: Balance,
+    /// Hash only: a backend takes at most this percentage (over 100) of the mean load; the next in
+    /// hash order takes the rest. `None`: unbounded.
+    pub bounded_load: Option<u16>,
+    /// `session.key`; empty for the protocol's default.
+    pub session_key: String,
+    /// How long a session is remembered without traffic.
+    pub session_ttl: Duration,
+    /// Active and passive health.
+    pub health: HealthSpec,
+    /// How long a backend that joins (not at process start) ramps up to its weight. Zero: at once.
+    pub slow_start: Duration,
+    /// How long a drain lasts at most.
+    pub drain_deadline: Duration,
+    /// A pool change that is undone within this time changes nothing.
+    pub debounce: Duration,
+    /// Under this percentage of usable backends, load is spread over all that are not drained
+    /// (panic rule). Zero: never.
+    pub panic_percent: u8,
+    /// Whether a backend takes messages only when its link is up ([`strowger_contract::Links::Single`]).
+    pub needs_link: bool,
+    /// The backends.
+    pub backends: Vec<BackendSpec>,
+}
+
+/// Active and passive health checks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthSpec {
+    /// The probe's name; `None`: no active checks.
+    pub probe: Option<String>,
+    /// From probe to probe.
+    pub interval: Duration,
+    /// How long an answer may take.
+    pub timeout: Duration,
+    /// So many good answers in a row bring a backend up.
+    pub rise: u32,
+    /// So many failures in a row take it down.
+    pub fall: u32,
+    /// So many faults of its own in a row, on live traffic, eject it. Zero: never.
+    pub outlier_faults: u32,
+    /// How long the first ejection lasts; each further one doubles, up to 10 times.
+    pub outlier_ejection: Duration,
+    /// At most this percentage of the pool is ejected at a time (at least one may be).
+    pub outlier_max_percent: u8,
+}
+
+/// The state an instance is in, by its owner's word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum InstanceState {
+    /// Not yet ready: gets nothing.
+    Starting,
+    /// Takes new sessions.
+    #[default]
+    Ready,
+    /// Takes a share of new sessions.
+    Canary,
+    /// Lost its lease or its readiness: keeps its sessions, gets no new ones.
+    Suspended,
+    /// Leaving: keeps its sessions until they end or the deadline passes, gets no new ones.
+    Draining,
+    /// Left: its sessions are dead.
+    Gone,
+}
+
+impl InstanceState {
+    /// Stable word for the API, metrics and logs.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Canary => "canary",
+            Self::Suspended => "suspended",
+            Self::Draining => "draining",
+            Self::Gone => "gone",
+        }
+    }
+}
+
+/// A backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendSpec {
+    /// The instance id.
+    pub id: String,
+    /// Grows when the instance is another one under the same id. 0 for static backends.
+    pub generation: u64,
+    /// How it is reached.
+    pub transport: Transport,
+    /// Where it is reached.
+    pub address: SocketAddr,
+    /// Its share, 0 to 65535; 0 takes no new sessions.
+    pub weight: u32,
+    /// Lower is preferred.
+    pub priority: u16,
+    /// How many requests (or spliced flows) may be in flight; `None`: no limit.
+    pub capacity: Option<u32>,
+    /// What it must call itself (Diameter Origin-Host).
+    pub identity: Option<String>,
+    /// The state its owner gives it.
+    pub state: InstanceState,
+}
+
+/// A listener. Its protocol's own part is opaque here.
+#[derive(Clone)]
+pub struct ListenerSpec {
+    /// Its name.
+    pub name: String,
+    /// Its protocol's name.
+    pub protocol: &'static str,
+    /// What it is bound to.
+    pub sockets: Vec<LocalSocket>,
+    /// The pools its messages may go to.
+    pub pools: Vec<PoolId>,
+    /// Bounds.
+    pub limits: ListenerLimits,
+    /// The protocol's typed setup (`Setup<P>` in `runtime`), opaque to the core.
+    pub setup: Arc<dyn Any + Send + Sync>,
+    /// Differs when anything but the sockets differs.
+    pub fingerprint: u64,
+}
+
+impl std::fmt::Debug for ListenerSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ListenerSpec")
+            .field("name", &self.name)
+            .field("protocol", &self.protocol)
+            .field("sockets", &self.sockets)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A listener's bounds. Each hit is counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ListenerLimits {
+    /// Client connections at a time, over all workers. One more is accepted and closed at once.
+    pub connections: u32,
+    /// Bytes that wait to be written to one peer. A client over it is read from no more until it
+    /// takes some; a peer over four times of it is cut off.
+    pub queued_bytes: usize,
+    /// How long a client's connection may be silent. Zero: for ever.
+    pub idle: Duration,
+    /// How long a connection to a backend may take.
+    pub connect: Duration,
+}
+
+impl Default for ListenerLimits {
+    fn default() -> Self {
+        Self {
+            connections: 65_536,
+            queued_bytes: 256 << 10,
+            idle: Duration::ZERO,
+            connect: Duration::from_secs(2),
+        }
+    }
+}
+
+/// What a protocol's listener is made of: the typed part of [`ListenerSpec::setup`].
+#[derive(Clone, Debug)]
+pub struct Setup<P: strowger_contract::Protocol> {
+    /// The listener and where its messages may go.
+    pub scope: strowger_contract::Scope<P::Match>,
+    /// Its options.
+    pub options: P::Options,
+}

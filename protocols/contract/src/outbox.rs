@@ -228,6 +228,12 @@ impl Outbox {
         &self.notes
     }
 
+    /// All bytes; commands mean ranges of it.
+    #[must_use]
+    pub fn arena(&self) -> &[u8] {
+        &self.arena
+    }
+
     /// The bytes that a command means.
     #[must_use]
     pub fn bytes(&self, range: &Range<usize>) -> &[u8] {

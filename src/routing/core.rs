@@ -1,0 +1,550 @@
+//! The core: what all workers share, and what turns a wanted state into the next snapshot.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+use strowger_contract::{BackendId, Class, ClassId, Keyer, Link, Outcome, Pin, SessionKey, TokenKeys, WorkerId};
+
+use super::events::{CoreEvent, Happening, Plan};
+use super::flows::FlowNames;
+use super::live::{BackendLive, LiveChange};
+use super::names::PoolNames;
+use super::router::CoreRouter;
+use super::snapshot::{Backend, Pool, PoolLive, Snapshot};
+use super::spec::{BackendSpec, PoolSpec, SnapshotSpec};
+use super::table::{Learned, SessionTable};
+
+/// Events that wait for [`Core::tick`], at most; more are counted and dropped.
+const EVENTS_MAX: usize = 10_000;
+
+/// Identities of backends that are gone and still remembered, so that one that comes back finds
+/// its counters and sessions.
+const REMEMBERED_MAX: usize = 100_000;
+
+/// 4,096-slot parts of the session table that one tick sweeps.
+const SWEEP_CHUNKS: usize = 64;
+
+/// What a core is made with.
+#[derive(Clone, Debug)]
+pub struct CoreSettings {
+    /// Sign and check tokens.
+    pub token_keys: TokenKeys,
+    /// Makes session keys.
+    pub keyer: Keyer,
+    /// Feeds choices by chance.
+    pub seed: u64,
+    /// Room in the session table, in sessions; 16 bytes each.
+    pub sessions_max: usize,
+    /// How many workers there are.
+    pub workers: u8,
+}
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct Core {
+    start: Instant,
+    settings: CoreSettings,
+    names: PoolNames,
+    snapshot: ArcSwap<Snapshot>,
+    tokens: ArcSwap<TokenKeys>,
+    table: SessionTable,
+    flows: FlowNames,
+    draining: AtomicBool,
+    changes: Mutex<Changes>,
+    events: Mutex<Vec<CoreEvent>>,
+    events_lost: AtomicU32,
+    lives: ArcSwap<HashMap<BackendId, Arc<BackendLive>>>,
+}
+
+/// What is behind the snapshots; touched by the control side only.
+#[derive(Debug, Default)]
+struct Changes {
+    epoch: u64,
+    wanted: SnapshotSpec,
+    known: HashMap<Identity, Known>,
+    pool_lives: HashMap<String, Arc<PoolLive>>,
+    next_backend: u32,
+    applied_before: bool,
+}
+
+type Identity = (String, String, u64);
+
+#[derive(Debug)]
+struct Known {
+    id: BackendId,
+    live: Arc<BackendLive>,
+    /// The last thing that was wanted of it, and since when nothing is any more.
+    spec: BackendSpec,
+    left: Option<u64>,
+}
+
+/// The named backend does not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no such pool or instance")]
+pub struct NotFound;
+
+impl Core {
+    /// An empty core. `now` is the zero of its clock.
+    #[must_use]
+    pub fn new(settings: CoreSettings, now: Instant) -> Arc<Self> {
+        let snapshot = Snapshot { classes: Class::built_in(), ..Snapshot::default() };
+        Arc::new(Self {
+            // A clock that starts above zero keeps "never" and "at the start" apart.
+            start: now.checked_sub(Duration::from_millis(1)).unwrap_or(now),
+            names: PoolNames::default(),
+            snapshot: ArcSwap::from_pointee(snapshot),
+            tokens: ArcSwap::from_pointee(settings.token_keys.clone()),
+            table: SessionTable::new(settings.sessions_max),
+            flows: FlowNames::default(),
+            draining: AtomicBool::new(false),
+            changes: Mutex::default(),
+            events: Mutex::default(),
+            events_lost: AtomicU32::new(0),
+            lives: ArcSwap::default(),
+            settings,
+        })
+    }
+
+    /// Numbers for pool names.
+    #[must_use]
+    pub fn pool_names(&self) -> &PoolNames {
+        &self.names
+    }
+
+    /// The newest snapshot.
+    #[must_use]
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.snapshot.load_full()
+    }
+
+    /// Rotates the keys of tokens.
+    pub fn set_token_keys(&self, keys: TokenKeys) {
+        self.tokens.store(Arc::new(keys));
+    }
+
+    /// The router of one worker.
+    #[must_use]
+    pub fn router(self: &Arc<Self>, worker: WorkerId) -> CoreRouter {
+        CoreRouter::new(Arc::clone(self), worker)
+    }
+
+    /// Milliseconds of the core's clock; never 0.
+    pub(super) fn clock(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.start).as_millis()).unwrap_or(u64::MAX).max(1)
+    }
+
+    pub(super) fn seed(&self) -> u64 {
+        self.settings.seed
+    }
+
+    pub(super) fn keyer(&self) -> &Keyer {
+        &self.settings.keyer
+    }
+
+    pub(super) fn tokens(&self) -> Arc<TokenKeys> {
+        self.tokens.load_full()
+    }
+
+    pub(super) fn flows(&self) -> &FlowNames {
+        &self.flows
+    }
+
+    pub(super) fn table(&self) -> &SessionTable {
+        &self.table
+    }
+
+    pub(super) fn live(&self, backend: BackendId) -> Option<Arc<BackendLive>> {
+        self.lives.load().get(&backend).cloned()
+    }
+
+    pub(super) fn refresh(&self, snapshot: &mut Arc<Snapshot>, tokens: &mut Arc<TokenKeys>) -> bool {
+        let newest = self.snapshot.load();
+        if Arc::ptr_eq(&newest, snapshot) {
+            return false;
+        }
+        *snapshot = Arc::clone(&newest);
+        *tokens = self.tokens.load_full();
+        true
+    }
+
+    /// The node is leaving, or no longer: no new sessions.
+    pub fn set_draining(&self, draining: bool) {
+        self.draining.store(draining, Ordering::Relaxed);
+    }
+
+    /// Whether the node is leaving.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    fn changes(&self) -> MutexGuard<'_, Changes> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, event: CoreEvent) {
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if events.len() < EVENTS_MAX {
+            events.push(event);
+        } else {
+            self.events_lost.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn tell_of(&self, backend: &Backend, happening: Happening) {
+        self.tell(CoreEvent::of(&backend.pool_name, Some(&backend.spec.id), happening));
+    }
+
+    /// Makes the wanted state the next snapshot, in one swap. What lives on keeps its live state by
+    /// identity; what is no longer wanted takes no new sessions from now on and is dropped once its
+    /// pool's debounce is over.
+    pub fn apply(&self, now: Instant, wanted: SnapshotSpec) -> Plan {
+        let now = self.clock(now);
+        let mut changes = self.changes();
+        let before: HashSet<Identity> = present(&changes.known).cloned().collect();
+        let pools_before: HashSet<String> = changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
+        changes.wanted = wanted;
+        changes.note_wanted(now);
+        let collisions = self.rebuild(&mut changes, now);
+        changes.applied_before = true;
+        let after: HashSet<Identity> = present(&changes.known).cloned().collect();
+        let pools_after: HashSet<String> = changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
+        let plan = Plan {
+            epoch: changes.epoch,
+            backends_added: names(after.difference(&before)),
+            backends_removed: names(before.difference(&after)),
+            pools_added: pools_after.difference(&pools_before).cloned().collect(),
+            pools_removed: pools_before.difference(&pools_after).cloned().collect(),
+            pin_collisions: collisions,
+        };
+        drop(changes);
+        for (pool, id) in &plan.backends_added {
+            self.tell(CoreEvent::of(pool, Some(id), Happening::BackendAdded));
+        }
+        for (pool, id) in &plan.backends_removed {
+            self.tell(CoreEvent::of(pool, Some(id), Happening::BackendRemoved));
+        }
+        plan
+    }
+
+    /// Builds the snapshot of what is wanted and swaps it in; instances whose pins collide.
+    fn rebuild(&self, changes: &mut Changes, now: u64) -> Vec<(String, String)> {
+        changes.epoch += 1;
+        let mut snapshot = Snapshot {
+            epoch: changes.epoch,
+            node: changes.wanted.node.clone(),
+            classes: if changes.wanted.classes.is_empty() { Class::built_in() } else { changes.wanted.classes.clone() },
+            listeners: changes.wanted.listeners.clone(),
+            ..Snapshot::default()
+        };
+        let mut collisions = Vec::new();
+        let leaving = changes.leaving_by_pool();
+        for spec in &changes.wanted.pools {
+            let mut specs: Vec<(BackendSpec, bool)> = spec.backends.iter().map(|backend| (backend.clone(), false)).collect();
+            specs.extend(leaving.get(&spec.name).into_iter().flatten().map(|backend| (backend.clone(), true)));
+            let id = self.names.id(&spec.name);
+            let name: Arc<str> = self.names.name(id).unwrap_or_else(|| spec.name.as_str().into());
+            let mut backends = Vec::with_capacity(specs.len());
+            for (backend, leaving) in specs {
+                let identity = (spec.name.clone(), backend.id.clone(), backend.generation);
+                let Some(known) = changes.known.get(&identity) else { continue };
+                if spec.health.probe.is_none() {
+                    known.live.forget_health();
+                }
+                let backend = Arc::new(Backend {
+                    id: known.id,
+                    pin: Pin::of(&spec.name, &backend.id, backend.generation),
+                    pool: id,
+                    pool_name: Arc::clone(&name),
+                    needs_link: spec.needs_link,
+                    leaving,
+                    live: Arc::clone(&known.live),
+                    spec: backend,
+                });
+                if let Some(other) = snapshot.pins.insert(backend.pin, Arc::clone(&backend)) {
+                    collisions.push((other.pool_name.to_string(), other.spec.id.clone()));
+                }
+                snapshot.addresses.insert(backend.spec.address, backend.id);
+                snapshot.backends.insert(backend.id, Arc::clone(&backend));
+                backends.push(backend);
+            }
+            let live = changes.pool_lives.entry(spec.name.clone()).or_default();
+            let slim = PoolSpec { backends: Vec::new(), ..spec.clone() };
+            let pool = Pool::new(id, slim, backends, Arc::clone(live));
+            pool.review_panic(now);
+            let place = id.0 as usize;
+            if snapshot.pools.len() <= place {
+                snapshot.pools.resize(place + 1, None);
+            }
+            snapshot.pools[place] = Some(Arc::new(pool));
+        }
+        self.lives.store(Arc::new(changes.known.values().map(|known| (known.id, Arc::clone(&known.live))).collect()));
+        self.snapshot.store(Arc::new(snapshot));
+        collisions
+    }
+
+    /// Time goes on: expired sessions, ended drains and ejections, waited-out removals. Call it every
+    /// 100 ms or so. What happened since the last time.
+    pub fn tick(&self, now: Instant) -> Vec<CoreEvent> {
+        let clock = self.clock(now);
+        self.table.sweep(seconds(clock), SWEEP_CHUNKS);
+        let snapshot = self.snapshot.load_full();
+        for pool in snapshot.pools() {
+            for backend in pool.backends() {
+                self.review(clock, backend);
+            }
+            if let Some(on) = pool.review_panic(clock) {
+                self.tell(CoreEvent::of(&snapshot_name(pool, self), None, Happening::PoolPanic { on }));
+            }
+        }
+        let mut changes = self.changes();
+        if changes.forget_left(clock) {
+            self.rebuild(&mut changes, clock);
+        }
+        drop(changes);
+        std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn review(&self, now: u64, backend: &Backend) {
+        if backend.live.end_ejection(now) {
+            self.tell_of(backend, Happening::BackendReturned);
+        }
+        if backend.live.is_draining() && !backend.live.is_gone() {
+            let sessions = self.table.sessions_of(backend.id);
+            let idle = sessions == 0 && backend.live.in_flight() == 0;
+            if idle || now >= backend.live.drain_until() {
+                backend.live.set_gone();
+                self.tell_of(backend, Happening::DrainEnded { sessions_left: sessions });
+            }
+        }
+    }
+
+    /// An active check's result.
+    pub fn probe_result(&self, now: Instant, backend: BackendId, healthy: bool, detail: &'static str) {
+        let snapshot = self.snapshot.load();
+        let Some(backend) = snapshot.backend(backend) else { return };
+        let Some(pool) = snapshot.pool(backend.pool) else { return };
+        let health = &pool.spec.health;
+        match backend.live.probed(healthy, health.rise, health.fall) {
+            Some(LiveChange::Up) => {
+                backend.live.rejoin(self.clock(now));
+                self.tell_of(backend, Happening::BackendUp);
+            }
+            Some(LiveChange::Down) => self.tell_of(backend, Happening::BackendDown { detail }),
+            None => {}
+        }
+    }
+
+    /// Starts a drain: no new sessions; over when none is left, or after `deadline` (the pool's if
+    /// `None`). How many sessions it holds now.
+    ///
+    /// # Errors
+    /// There is no such pool or instance.
+    pub fn drain(&self, now: Instant, pool: &str, id: &str, deadline: Option<Duration>) -> Result<u64, NotFound> {
+        let clock = self.clock(now);
+        let snapshot = self.snapshot.load();
+        let (pool, backend) = find(&snapshot, pool, id)?;
+        let deadline = deadline.unwrap_or(pool.spec.drain_deadline);
+        let length = u64::try_from(deadline.as_millis()).unwrap_or(u64::MAX);
+        backend.live.drain(clock, clock.saturating_add(length));
+        let sessions = self.table.sessions_of(backend.id);
+        self.tell_of(backend, Happening::DrainStarted { sessions });
+        Ok(sessions)
+    }
+
+    /// Ends a drain: the instance takes new sessions again.
+    ///
+    /// # Errors
+    /// There is no such pool or instance.
+    pub fn undrain(&self, now: Instant, pool: &str, id: &str) -> Result<(), NotFound> {
+        let snapshot = self.snapshot.load();
+        let (_, backend) = find(&snapshot, pool, id)?;
+        backend.live.undrain();
+        backend.live.rejoin(self.clock(now));
+        self.tell_of(backend, Happening::DrainCancelled);
+        Ok(())
+    }
+
+    /// A backend's link has more queued than it should, or no longer.
+    pub fn set_congested(&self, backend: BackendId, congested: bool) {
+        if let Some(backend) = self.snapshot.load().backend(backend) {
+            backend.live.set_congested(congested);
+        }
+    }
+
+    pub(super) fn outcome(&self, now: Instant, snapshot: &Snapshot, backend: BackendId, outcome: Outcome) {
+        let Some(backend) = snapshot.backend(backend) else {
+            // It left meanwhile; its live state is kept for its return.
+            if let Some(live) = self.live(backend) {
+                live.end(1);
+            }
+            return;
+        };
+        backend.live.end(1);
+        let faults = backend.live.judge(outcome);
+        let Some(pool) = snapshot.pool(backend.pool) else { return };
+        let limit = pool.spec.health.outlier_faults;
+        if limit > 0 && faults >= limit && outcome.is_backend_fault() {
+            self.eject(self.clock(now), pool, backend);
+        }
+    }
+
+    /// Ejects a backend unless too many of its pool are ejected already.
+    fn eject(&self, now: u64, pool: &Pool, backend: &Backend) {
+        let ejected = pool.backends().filter(|other| other.live.is_ejected(now)).count();
+        let allowed = pool.backends.len() * usize::from(pool.spec.health.outlier_max_percent) / 100;
+        if backend.live.is_ejected(now) || ejected >= allowed.max(1) {
+            return;
+        }
+        let until = backend.live.eject(now, pool.spec.health.outlier_ejection);
+        self.tell_of(backend, Happening::BackendEjected { for_ms: until - now });
+    }
+
+    pub(super) fn link(&self, now: Instant, snapshot: &Snapshot, backend: BackendId, link: Link<'_>) {
+        let Some(backend) = snapshot.backend(backend) else { return };
+        let change = backend.live.link(link);
+        // Where links are opened on demand, their coming and going is no event of the backend's.
+        match change.filter(|_| backend.needs_link) {
+            Some(LiveChange::Up) => {
+                if self.changes_applied(now) {
+                    backend.live.rejoin(self.clock(now));
+                }
+                self.tell_of(backend, Happening::BackendUp);
+            }
+            Some(LiveChange::Down) => {
+                let detail = match link {
+                    Link::Down(cause) => cause.word(),
+                    _ => "suspect",
+                };
+                self.tell_of(backend, Happening::BackendDown { detail });
+            }
+            None => {}
+        }
+    }
+
+    /// Whether the process has run for a while: links that open at its start need no slow start.
+    fn changes_applied(&self, now: Instant) -> bool {
+        const START: u64 = 10_000;
+        self.clock(now) > START
+    }
+
+    pub(super) fn table_entry(&self, session: SessionKey, now: u64) -> Option<BackendId> {
+        self.table.get(session.keyed, seconds(now)).map(|(backend, _)| backend)
+    }
+
+    pub(super) fn learn(&self, now: Instant, session: SessionKey, backend: BackendId, class: ClassId, ttl: Duration) -> Learned {
+        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        self.table.insert(session.keyed, backend, class, seconds(self.clock(now)), ttl)
+    }
+
+    pub(super) fn forget(&self, now: Instant, session: SessionKey) {
+        self.table.remove(session.keyed, seconds(self.clock(now)));
+    }
+}
+
+impl Changes {
+    /// Takes in what is wanted: new identities get a number, old ones that came back are restored.
+    fn note_wanted(&mut self, now: u64) {
+        let joined = if self.applied_before { now } else { 0 };
+        let mut wanted: HashSet<Identity> = HashSet::new();
+        for pool in &self.wanted.pools {
+            for backend in &pool.backends {
+                let identity = (pool.name.clone(), backend.id.clone(), backend.generation);
+                let next = &mut self.next_backend;
+                let known = self.known.entry(identity.clone()).or_insert_with(|| {
+                    *next += 1;
+                    Known { id: BackendId(*next), live: Arc::new(BackendLive::new(joined)), spec: backend.clone(), left: None }
+                });
+                known.spec = backend.clone();
+                known.left = None;
+                wanted.insert(identity);
+            }
+        }
+        for (identity, known) in &mut self.known {
+            if known.left.is_none() && !wanted.contains(identity) {
+                known.left = Some(now);
+            }
+        }
+        self.supersede();
+    }
+
+    /// An address that another instance now has: the old one's sessions are dead, and none of them
+    /// may reach the newcomer.
+    fn supersede(&mut self) {
+        let present: HashSet<_> = self.known.values().filter(|known| known.left.is_none()).map(|known| (known.spec.transport, known.spec.address)).collect();
+        for known in self.known.values_mut().filter(|known| known.left.is_some()) {
+            if present.contains(&(known.spec.transport, known.spec.address)) {
+                known.live.set_gone();
+            }
+        }
+    }
+
+    /// Those that are no longer wanted and not yet forgotten, by pool.
+    fn leaving_by_pool(&self) -> HashMap<String, Vec<BackendSpec>> {
+        let mut leaving: HashMap<String, Vec<BackendSpec>> = HashMap::new();
+        let debounce: HashMap<&str, Duration> =
+            self.wanted.pools.iter().map(|pool| (pool.name.as_str(), pool.debounce)).collect();
+        for ((pool, ..), known) in &self.known {
+            let waits = known.left.is_some_and(|left| left != FORGOTTEN) && !known.live.is_gone();
+            if waits && debounce.get(pool.as_str()).is_some_and(|debounce| !debounce.is_zero()) {
+                leaving.entry(pool.clone()).or_default().push(known.spec.clone());
+            }
+        }
+        for backends in leaving.values_mut() {
+            backends.sort_by(|one, two| one.id.cmp(&two.id));
+        }
+        leaving
+    }
+
+    /// Forgets those whose debounce is over; whether there were any.
+    fn forget_left(&mut self, now: u64) -> bool {
+        let debounce: HashMap<&str, u64> =
+            self.wanted.pools.iter().map(|pool| (pool.name.as_str(), pool.debounce.as_millis() as u64)).collect();
+        let mut any = false;
+        for ((pool, ..), known) in &mut self.known {
+            let wait = debounce.get(pool.as_str()).copied().unwrap_or(0);
+            if known.left.is_some_and(|left| left != FORGOTTEN && now >= left.saturating_add(wait)) {
+                known.left = Some(FORGOTTEN);
+                known.live.undrain();
+                any = true;
+            }
+        }
+        if self.known.len() > REMEMBERED_MAX {
+            self.known.retain(|_, known| known.left.is_none());
+        }
+        any
+    }
+}
+
+/// Left, waited out, and no longer in the snapshot.
+const FORGOTTEN: u64 = u64::MAX;
+
+fn present(known: &HashMap<Identity, Known>) -> impl Iterator<Item = &Identity> {
+    known.iter().filter(|(_, known)| known.left.is_none()).map(|(identity, _)| identity)
+}
+
+fn names<'a>(identities: impl Iterator<Item = &'a Identity>) -> Vec<(String, String)> {
+    let mut names: Vec<_> = identities.map(|(pool, id, _)| (pool.clone(), id.clone())).collect();
+    names.sort();
+    names
+}
+
+fn snapshot_name(pool: &Pool, core: &Core) -> String {
+    core.pool_names().name(pool.id).map(|name| name.to_string()).unwrap_or_default()
+}
+
+fn find<'a>(snapshot: &'a Snapshot, pool: &str, id: &str) -> Result<(&'a Arc<Pool>, &'a Arc<Backend>), NotFound> {
+    let pool = snapshot.pools().find(|candidate| candidate.spec.name == pool).ok_or(NotFound)?;
+    // The newest generation, of those that are wanted.
+    let named = pool.backends().filter(|backend| backend.spec.id == id && !backend.leaving);
+    let backend = named.max_by_key(|backend| backend.spec.generation).ok_or(NotFound)?;
+    Ok((pool, backend))
+}
+
+fn seconds(clock: u64) -> u32 {
+    (clock / 1_000) as u32
+}
+

@@ -1,0 +1,69 @@
+//! Names of clients' flows, so that any worker can find the one that a backend asks for.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use strowger_contract::FlowId;
+
+const SHARDS: usize = 64;
+
+/// Names in one shard, at most: a million in all, some 32 MiB.
+const NAMES_PER_SHARD: usize = 16_384;
+
+/// The directory. Asked once per backend's own request, not per message.
+#[derive(Debug)]
+pub struct FlowNames {
+    shards: Vec<Mutex<HashMap<u64, FlowId>>>,
+}
+
+impl Default for FlowNames {
+    fn default() -> Self {
+        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect() }
+    }
+}
+
+impl FlowNames {
+    fn shard(&self, name: u64) -> MutexGuard<'_, HashMap<u64, FlowId>> {
+        self.shards[(name >> 58) as usize % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a flow a name; a later flow of the same name takes it. `false` when there is no room.
+    pub fn insert(&self, name: u64, flow: FlowId) -> bool {
+        let mut shard = self.shard(name);
+        if shard.len() >= NAMES_PER_SHARD && !shard.contains_key(&name) {
+            return false;
+        }
+        shard.insert(name, flow);
+        true
+    }
+
+    /// The flow of a name.
+    pub fn get(&self, name: u64) -> Option<FlowId> {
+        self.shard(name).get(&name).copied()
+    }
+
+    /// Takes the name back, if `flow` still has it.
+    pub fn remove(&self, name: u64, flow: FlowId) {
+        let mut shard = self.shard(name);
+        if shard.get(&name) == Some(&flow) {
+            shard.remove(&name);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_holder_gives_a_name_back() {
+        let names = FlowNames::default();
+        let (old, new) = (FlowId::from_bits(1), FlowId::from_bits(2));
+        names.insert(7, old);
+        names.insert(7, new);
+        names.remove(7, old);
+        assert_eq!(names.get(7), Some(new));
+        names.remove(7, new);
+        assert_eq!(names.get(7), None);
+    }
+}

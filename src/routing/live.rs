@@ -1,0 +1,414 @@
+//! What is known of a backend from moment to moment. It outlives snapshots: the next one takes it
+//! over by the backend's identity. All of it is atomics; no message takes a lock here.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use strowger_contract::{Link, Outcome};
+
+/// How many capabilities of one backend are remembered. A CER of a 3GPP node names about ten
+/// applications.
+pub const CAPABILITIES_MAX: usize = 32;
+
+/// The capability that stands for all (Diameter's relay application).
+const CAPABILITY_ANY: u32 = 0xffff_ffff;
+
+/// What a refusal or a failure counts as in the latency estimate: a backend that fails fast must
+/// not look fast (linkerd records 5 s for the same reason).
+const FAULT_LATENCY: Duration = Duration::from_secs(5);
+
+/// The latency estimate's weight of the newest value is one in so many.
+const LATENCY_SMOOTHING: u64 = 8;
+
+const UNKNOWN: u8 = 0;
+const UP: u8 = 1;
+const SUSPECT: u8 = 2;
+const DOWN: u8 = 3;
+
+/// The live state of one backend. Times are milliseconds of the core's clock; 0 means never.
+#[derive(Debug, Default)]
+pub struct BackendLive {
+    health: AtomicU8,
+    rises: AtomicU32,
+    falls: AtomicU32,
+    link: AtomicU8,
+    congested: AtomicBool,
+    in_flight: AtomicU32,
+    latency_us: AtomicU64,
+    faults: AtomicU32,
+    ejected_until: AtomicU64,
+    ejections: AtomicU32,
+    joined: AtomicU64,
+    drain_since: AtomicU64,
+    drain_until: AtomicU64,
+    gone: AtomicBool,
+    identity_hash: AtomicU64,
+    identity: Mutex<String>,
+    capabilities: [AtomicU32; CAPABILITIES_MAX],
+    capability_count: AtomicU32,
+    /// Requests sent to it.
+    pub(super) requests: AtomicU64,
+    /// Answers that do not speak against it.
+    pub(super) answered: AtomicU64,
+    /// Answers that say it cannot.
+    pub(super) refused: AtomicU64,
+    /// Answers that did not come in time.
+    pub(super) timed_out: AtomicU64,
+    /// Lost with a connection.
+    pub(super) lost: AtomicU64,
+}
+
+/// A change that somebody should hear of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LiveChange {
+    Up,
+    Down,
+}
+
+impl BackendLive {
+    /// One that joined at `joined`; 0 if it was there from the start and needs no slow start.
+    pub(super) fn new(joined: u64) -> Self {
+        let live = Self::default();
+        live.joined.store(joined, Relaxed);
+        live
+    }
+
+    /// Counts an active check's result.
+    pub(super) fn probed(&self, healthy: bool, rise: u32, fall: u32) -> Option<LiveChange> {
+        let health = self.health.load(Relaxed);
+        if healthy {
+            self.falls.store(0, Relaxed);
+            let rises = self.rises.fetch_add(1, Relaxed).saturating_add(1);
+            // The first result of a backend's life needs no confirmation: it is unknown until then.
+            let enough = rises >= rise || health == UNKNOWN;
+            if health != UP && enough {
+                self.health.store(UP, Relaxed);
+                return (health == DOWN).then_some(LiveChange::Up);
+            }
+        } else {
+            self.rises.store(0, Relaxed);
+            let falls = self.falls.fetch_add(1, Relaxed).saturating_add(1);
+            if health != DOWN && falls >= fall {
+                self.health.store(DOWN, Relaxed);
+                return Some(LiveChange::Down);
+            }
+        }
+        None
+    }
+
+    /// No active check any more: what the last one said is void.
+    pub(super) fn forget_health(&self) {
+        self.health.store(UNKNOWN, Relaxed);
+    }
+
+    /// Its active checks failed.
+    pub(super) fn is_down(&self) -> bool {
+        self.health.load(Relaxed) == DOWN
+    }
+
+    /// Takes a link's news in; whether it came up or went down by it.
+    pub(super) fn link(&self, link: Link<'_>) -> Option<LiveChange> {
+        let (state, change) = match link {
+            Link::Up { identity, capabilities } => {
+                self.set_identity(identity);
+                self.set_capabilities(capabilities);
+                (UP, LiveChange::Up)
+            }
+            Link::Suspect => (SUSPECT, LiveChange::Down),
+            Link::Down(_) => (DOWN, LiveChange::Down),
+        };
+        let before = self.link.swap(state, Relaxed);
+        let was_up = before == UP;
+        ((state == UP) != was_up || before == UNKNOWN).then_some(change)
+    }
+
+    /// Whether its link lets messages through; `needed` when there must be one.
+    pub(super) fn link_allows(&self, needed: bool) -> bool {
+        match self.link.load(Relaxed) {
+            UP => true,
+            UNKNOWN => !needed,
+            // Where links are opened on demand, the next message may open it.
+            _ => !needed,
+        }
+    }
+
+    /// A word for the link's state.
+    pub(super) fn link_word(&self) -> &'static str {
+        match self.link.load(Relaxed) {
+            UP => "up",
+            SUSPECT => "suspect",
+            DOWN => "down",
+            _ => "unknown",
+        }
+    }
+
+    fn set_identity(&self, identity: &[u8]) {
+        let hash = if identity.is_empty() { 0 } else { identity_hash(identity) };
+        self.identity_hash.store(hash, Relaxed);
+        if let Ok(mut name) = self.identity.lock() {
+            name.clear();
+            name.push_str(&String::from_utf8_lossy(identity));
+        }
+    }
+
+    /// What it calls itself.
+    pub(super) fn identity(&self) -> String {
+        self.identity.lock().map(|name| name.clone()).unwrap_or_default()
+    }
+
+    /// Whether it calls itself so, by [`identity_hash`].
+    pub(super) fn is_called(&self, hash: u64) -> bool {
+        self.identity_hash.load(Relaxed) == hash
+    }
+
+    fn set_capabilities(&self, capabilities: &[u32]) {
+        // Readers that look in between see a mixture of old and new, and the next one all of it.
+        let count = capabilities.len().min(CAPABILITIES_MAX);
+        for (place, &capability) in self.capabilities.iter().zip(capabilities) {
+            place.store(capability, Relaxed);
+        }
+        self.capability_count.store(count as u32, Relaxed);
+    }
+
+    /// What it said it can do.
+    pub(super) fn capabilities(&self) -> impl Iterator<Item = u32> {
+        let count = self.capability_count.load(Relaxed) as usize;
+        self.capabilities.iter().take(count).map(|capability| capability.load(Relaxed))
+    }
+
+    /// Whether it can do what is asked; one that said nothing can do anything.
+    pub(super) fn can(&self, capability: u32) -> bool {
+        capability == 0
+            || self.capability_count.load(Relaxed) == 0
+            || self.capabilities().any(|known| known == capability || known == CAPABILITY_ANY)
+    }
+
+    /// Its link's queue is full, or no longer.
+    pub(super) fn set_congested(&self, congested: bool) {
+        self.congested.store(congested, Relaxed);
+    }
+
+    pub(super) fn is_congested(&self) -> bool {
+        self.congested.load(Relaxed)
+    }
+
+    /// A request goes out.
+    pub(super) fn begin(&self) {
+        self.in_flight.fetch_add(1, Relaxed);
+        self.requests.fetch_add(1, Relaxed);
+    }
+
+    /// `count` requests ended.
+    pub(super) fn end(&self, count: u32) {
+        let _now = self.in_flight.fetch_update(Relaxed, Relaxed, |known| Some(known.saturating_sub(count)));
+    }
+
+    /// How many requests are under way.
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight.load(Relaxed)
+    }
+
+    /// Takes an outcome in; how many faults in a row there are now.
+    pub(super) fn judge(&self, outcome: Outcome) -> u32 {
+        match outcome {
+            Outcome::Answered { latency } => {
+                self.answered.fetch_add(1, Relaxed);
+                self.note_latency(latency);
+                self.faults.store(0, Relaxed);
+                return 0;
+            }
+            Outcome::Refused => self.refused.fetch_add(1, Relaxed),
+            Outcome::TimedOut => self.timed_out.fetch_add(1, Relaxed),
+            Outcome::Lost => self.lost.fetch_add(1, Relaxed),
+            Outcome::Abandoned => return self.faults.load(Relaxed),
+        };
+        self.note_latency(FAULT_LATENCY);
+        self.faults.fetch_add(1, Relaxed).saturating_add(1)
+    }
+
+    fn note_latency(&self, latency: Duration) {
+        let new = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1);
+        let old = self.latency_us.load(Relaxed);
+        // A lost update of two workers at once only costs one sample.
+        let next = if old == 0 { new } else { old - old / LATENCY_SMOOTHING + new / LATENCY_SMOOTHING };
+        self.latency_us.store(next.max(1), Relaxed);
+    }
+
+    /// The latency estimate in microseconds; 0 if unknown.
+    pub(super) fn latency_us(&self) -> u64 {
+        self.latency_us.load(Relaxed)
+    }
+
+    /// Ejects it; the time until which.
+    pub(super) fn eject(&self, now: u64, first: Duration) -> u64 {
+        const DOUBLINGS_MAX: u32 = 10;
+        let ejections = self.ejections.fetch_add(1, Relaxed).min(DOUBLINGS_MAX);
+        let length = (first.as_millis() as u64).saturating_mul(1 << ejections).max(1);
+        let until = now.saturating_add(length);
+        self.ejected_until.store(until, Relaxed);
+        self.faults.store(0, Relaxed);
+        until
+    }
+
+    /// Whether it is ejected.
+    pub(super) fn is_ejected(&self, now: u64) -> bool {
+        self.ejected_until.load(Relaxed) > now
+    }
+
+    /// Ends an ejection whose time has come; whether one ended.
+    pub(super) fn end_ejection(&self, now: u64) -> bool {
+        let until = self.ejected_until.load(Relaxed);
+        until != 0 && until <= now && {
+            self.ejected_until.store(0, Relaxed);
+            // It starts slowly again, as one that joins.
+            self.joined.store(now, Relaxed);
+            true
+        }
+    }
+
+    /// It came back from being down: it starts slowly.
+    pub(super) fn rejoin(&self, now: u64) {
+        self.joined.store(now, Relaxed);
+        self.ejections.store(0, Relaxed);
+    }
+
+    /// The part of its weight that it has while it starts slowly, in thousandths.
+    pub(super) fn ramp(&self, now: u64, slow_start: Duration) -> u32 {
+        let joined = self.joined.load(Relaxed);
+        let length = slow_start.as_millis() as u64;
+        if joined == 0 || length == 0 {
+            return 1_000;
+        }
+        let age = now.saturating_sub(joined);
+        if age >= length { 1_000 } else { (age * 1_000 / length).max(20) as u32 }
+    }
+
+    /// Starts a drain that ends at `until`.
+    pub(super) fn drain(&self, now: u64, until: u64) {
+        self.drain_since.store(now.max(1), Relaxed);
+        self.drain_until.store(until.max(1), Relaxed);
+    }
+
+    /// Ends a drain before its time.
+    pub(super) fn undrain(&self) {
+        self.drain_since.store(0, Relaxed);
+        self.drain_until.store(0, Relaxed);
+        self.gone.store(false, Relaxed);
+    }
+
+    pub(super) fn is_draining(&self) -> bool {
+        self.drain_until.load(Relaxed) != 0
+    }
+
+    /// When the drain ends at the latest.
+    pub(super) fn drain_until(&self) -> u64 {
+        self.drain_until.load(Relaxed)
+    }
+
+    /// Its sessions are dead.
+    pub(super) fn set_gone(&self) {
+        self.gone.store(true, Relaxed);
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Relaxed)
+    }
+
+    /// A word for its health, worst first.
+    pub(super) fn health_word(&self, now: u64, needs_link: bool) -> &'static str {
+        if needs_link && !self.link_allows(true) {
+            "link_down"
+        } else if self.is_down() {
+            "down"
+        } else if self.is_ejected(now) {
+            "ejected"
+        } else if self.is_congested() {
+            "congested"
+        } else if self.health.load(Relaxed) == UNKNOWN && self.link.load(Relaxed) != UP {
+            "unknown"
+        } else {
+            "up"
+        }
+    }
+}
+
+/// The hash that identities are compared by, in any letter case (RFC 6733 compares host names so).
+pub(super) fn identity_hash(identity: &[u8]) -> u64 {
+    let mut hasher = xxhash_rust::xxh3::Xxh3Default::new();
+    let mut lower = [0; 64];
+    for chunk in identity.chunks(lower.len()) {
+        let lower = &mut lower[..chunk.len()];
+        lower.copy_from_slice(chunk);
+        lower.make_ascii_lowercase();
+        hasher.update(lower);
+    }
+    // Zero means none.
+    hasher.digest().max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rise_and_fall_are_counted_in_a_row() {
+        let live = BackendLive::new(0);
+        assert_eq!(live.probed(true, 3, 2), None, "unknown to up is no event");
+        assert_eq!(live.probed(false, 3, 2), None);
+        assert_eq!(live.probed(true, 3, 2), None, "a good one in between starts anew");
+        assert_eq!(live.probed(false, 3, 2), None);
+        assert_eq!(live.probed(false, 3, 2), Some(LiveChange::Down));
+        assert!(live.is_down());
+        assert_eq!(live.probed(true, 3, 2), None);
+        assert_eq!(live.probed(true, 3, 2), None);
+        assert_eq!(live.probed(true, 3, 2), Some(LiveChange::Up));
+        assert!(!live.is_down());
+    }
+
+    #[test]
+    fn only_its_own_faults_count() {
+        let live = BackendLive::new(0);
+        assert_eq!(live.judge(Outcome::TimedOut), 1);
+        assert_eq!(live.judge(Outcome::Abandoned), 1);
+        assert_eq!(live.judge(Outcome::Lost), 2);
+        assert_eq!(live.judge(Outcome::Answered { latency: Duration::from_millis(5) }), 0);
+        assert_eq!(live.judge(Outcome::Refused), 1);
+    }
+
+    #[test]
+    fn a_fast_refusal_does_not_look_fast() {
+        let live = BackendLive::new(0);
+        live.judge(Outcome::Answered { latency: Duration::from_millis(1) });
+        let before = live.latency_us();
+        live.judge(Outcome::Refused);
+        assert!(live.latency_us() > before * 100);
+    }
+
+    #[test]
+    fn ejections_double() {
+        let live = BackendLive::new(0);
+        let second = Duration::from_secs(1);
+        assert_eq!(live.eject(0, second), 1_000);
+        assert!(live.is_ejected(999) && !live.is_ejected(1_000));
+        assert!(live.end_ejection(1_000));
+        assert!(!live.end_ejection(1_001));
+        assert_eq!(live.eject(1_001, second), 3_001);
+    }
+
+    #[test]
+    fn slow_start_ramps_and_ends() {
+        let live = BackendLive::new(1_000);
+        let ten = Duration::from_secs(10);
+        assert_eq!(live.ramp(1_000, ten), 20);
+        assert_eq!(live.ramp(6_000, ten), 500);
+        assert_eq!(live.ramp(11_000, ten), 1_000);
+        assert_eq!(BackendLive::new(0).ramp(5, ten), 1_000, "not at process start");
+    }
+
+    #[test]
+    fn identities_compare_in_any_case() {
+        assert_eq!(identity_hash(b"PCRF-a.Example.NET"), identity_hash(b"pcrf-A.example.net"));
+        assert_ne!(identity_hash(b"a"), identity_hash(b"b"));
+    }
+}

@@ -1,0 +1,462 @@
+//! The decision: where does this message go?
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strowger_contract::{
+    BackendId, BackendView, Class, ClassId, FlowId, Keyer, Link, Outcome, Pin, PoolId, Query,
+    Refusal, Route, RouteReason, Router, SessionKey, Ticket, Token, TokenKeys, Verdict, WorkerId,
+};
+
+use super::balance::{Dice, is_in_share, rendezvous_score};
+use super::core::Core;
+use super::snapshot::{Backend, Group, Pool, Snapshot};
+use super::spec::{Balance, InstanceState};
+use super::table::Learned;
+
+/// Tries on a Maglev table, or of dice, before all members are looked at in turn.
+const ATTEMPTS: u32 = 8;
+
+/// When to come back after all slots were taken; spread, so that not all come back at once.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// A canary's share of new sessions, in thousandths.
+const CANARY_SHARE: u32 = 50;
+
+/// The core, as one worker uses it.
+pub struct CoreRouter {
+    core: Arc<Core>,
+    snapshot: Arc<Snapshot>,
+    tokens: Arc<TokenKeys>,
+    dice: Dice,
+    /// What this worker has in flight: given back if its engine dies.
+    ledger: HashMap<BackendId, u32>,
+    turns: HashMap<BackendId, i64>,
+}
+
+/// What is asked of a backend for one message.
+struct Asked<'a> {
+    now: u64,
+    query: &'a Query<'a>,
+    /// Illness is overlooked.
+    panic: bool,
+}
+
+/// Why nobody was found, as far as is known.
+#[derive(Default)]
+struct Misses {
+    full: bool,
+    incapable: bool,
+}
+
+impl CoreRouter {
+    pub(super) fn new(core: Arc<Core>, worker: WorkerId) -> Self {
+        let (snapshot, tokens) = (core.snapshot(), core.tokens());
+        let dice = Dice::new(core.seed() ^ u64::from(worker.0) << 32);
+        Self { core, snapshot, tokens, dice, ledger: HashMap::new(), turns: HashMap::new() }
+    }
+
+    /// Looks for a newer snapshot, once per batch; whether there was one.
+    pub fn refresh(&mut self) -> bool {
+        self.core.refresh(&mut self.snapshot, &mut self.tokens)
+    }
+
+    /// The snapshot that decisions are made by.
+    #[must_use]
+    pub fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.snapshot
+    }
+
+    /// The engine died: nothing that it had under way will end.
+    pub fn abandon_all(&mut self, _now: Instant) {
+        for (backend, count) in self.ledger.drain() {
+            if let Some(live) = self.core.live(backend) {
+                live.end(count);
+            }
+        }
+    }
+
+    fn go(&mut self, backend: &Backend, reason: RouteReason, awaits: bool) -> Verdict {
+        if awaits {
+            backend.live.begin();
+            *self.ledger.entry(backend.id).or_insert(0) += 1;
+        }
+        Verdict::Go(Route {
+            backend: backend.id,
+            pin: backend.pin,
+            transport: backend.spec.transport,
+            address: backend.spec.address,
+            reason,
+        })
+    }
+
+    /// A token named the instance: it and nobody else has the session.
+    fn pinned(&mut self, pin: Pin, query: &Query<'_>) -> Option<Verdict> {
+        let Some(backend) = self.snapshot.pins.get(&pin).filter(|backend| backend.keeps_sessions()).cloned() else {
+            return query.in_session.then_some(Verdict::Refuse(Refusal::SessionLost));
+        };
+        let reachable = backend.is_linked() && !query.exclude.contains(&backend.id);
+        if reachable {
+            return Some(self.go(&backend, RouteReason::Pinned, query.awaits));
+        }
+        query.in_session.then_some(Verdict::Refuse(Refusal::NoBackend))
+    }
+
+    /// The table names the instance; if that cannot answer, another may take the session over.
+    fn tabled(&mut self, now: u64, query: &Query<'_>) -> Option<Verdict> {
+        let backend = self.core.table_entry(query.session, now)?;
+        let backend = self.snapshot.backend(backend)?;
+        let usable = backend.pool == query.pool
+            && backend.keeps_sessions()
+            && backend.is_linked()
+            && backend.is_well(now)
+            && !query.exclude.contains(&backend.id);
+        if !usable {
+            return None;
+        }
+        let backend = Arc::clone(backend);
+        Some(self.go(&backend, RouteReason::Table, query.awaits))
+    }
+
+    /// A session that exists but that nothing names: by hash among all that may have it, so that
+    /// every node and every restart guesses alike.
+    fn orphaned(&mut self, pool: &Pool, query: &Query<'_>) -> Verdict {
+        let candidates = pool.backends.iter().filter(|backend| {
+            backend.keeps_sessions() && backend.is_linked() && !query.exclude.contains(&backend.id)
+        });
+        let score = |backend: &&Arc<Backend>| {
+            let weight = f64::from(backend.spec.weight.max(1));
+            rendezvous_score(query.session.stable, backend.pin, weight)
+        };
+        let best = candidates.max_by(|one, two| score(one).total_cmp(&score(two)));
+        match best {
+            Some(backend) => {
+                let backend = Arc::clone(backend);
+                self.go(&backend, RouteReason::Balanced, query.awaits)
+            }
+            None => Verdict::Refuse(Refusal::NoBackend),
+        }
+    }
+
+    fn balanced(&mut self, pool: &Arc<Pool>, now: u64, query: &Query<'_>) -> Verdict {
+        let mut misses = Misses::default();
+        let mut asked = Asked { now, query, panic: pool.is_panicking() };
+        let mut found = self.choose(pool, &asked, &mut misses);
+        if found.is_none() && !misses.full && pool.spec.panic_percent > 0 && !asked.panic {
+            // Nobody is well, and the next review has not yet said so.
+            asked.panic = true;
+            found = self.choose(pool, &asked, &mut misses);
+        }
+        match found {
+            Some(index) => {
+                let backend = Arc::clone(&pool.backends[index]);
+                let ill = asked.panic && !backend.is_well(now);
+                let reason = if ill { RouteReason::Panic } else { RouteReason::Balanced };
+                self.go(&backend, reason, query.awaits)
+            }
+            None if misses.full => {
+                let spread = Duration::from_millis(self.dice.below(1_000));
+                Verdict::Refuse(Refusal::Overloaded { retry_after: RETRY_AFTER + spread })
+            }
+            None if misses.incapable => Verdict::Refuse(Refusal::NoCapability),
+            None => Verdict::Refuse(Refusal::NoBackend),
+        }
+    }
+
+    fn choose(&mut self, pool: &Pool, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        pool.groups.iter().find_map(|group| self.choose_in(pool, group, asked, misses))
+    }
+
+    fn choose_in(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        match pool.spec.balance {
+            Balance::Hash => Self::by_hash(pool, group, asked, misses),
+            Balance::LeastLoaded => self.by_load(pool, group, asked, misses),
+            Balance::WeightedRandom | Balance::Priority => self.by_chance(pool, group, asked, misses),
+            Balance::RoundRobin => self.in_turn(pool, group, asked, misses),
+        }
+    }
+
+    fn by_hash(pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        let key = asked.query.session.stable;
+        let bound = pool.spec.bounded_load.map(|percent| load_bound(pool, group, percent));
+        let fits = |backend: &Backend| bound.is_none_or(|bound| f64::from(backend.live.in_flight()) < bound * f64::from(backend.spec.weight));
+        if let Some(maglev) = &group.maglev {
+            for attempt in 0..ATTEMPTS {
+                let index = group.members[maglev.pick(key, attempt)?];
+                let backend = &pool.backends[index];
+                let ramp = backend.live.ramp(asked.now, pool.spec.slow_start);
+                if asked.takes(backend, misses) && fits(backend) && is_in_share(key, backend.pin, ramp) {
+                    return Some(index);
+                }
+            }
+        }
+        let mut best = None;
+        let mut best_score = -1.0;
+        for &index in &group.members {
+            let backend = &pool.backends[index];
+            if !asked.takes(backend, misses) || !fits(backend) {
+                continue;
+            }
+            let score = rendezvous_score(key, backend.pin, weight_of(pool, backend, asked.now));
+            if score > best_score {
+                (best, best_score) = (Some(index), score);
+            }
+        }
+        // Nobody under the bound: the bound evens load out, it refuses nobody.
+        best.or_else(|| bound.and_then(|_| Self::by_hash_unbounded(pool, group, asked, misses)))
+    }
+
+    fn by_hash_unbounded(pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        let key = asked.query.session.stable;
+        let takes = group.members.iter().copied().filter(|&index| asked.takes(&pool.backends[index], misses));
+        let score = |index: usize| {
+            let backend = &pool.backends[index];
+            rendezvous_score(key, backend.pin, weight_of(pool, backend, asked.now))
+        };
+        takes.max_by(|&one, &two| score(one).total_cmp(&score(two)))
+    }
+
+    /// Power of two choices.
+    fn by_load(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        let mut picks: [Option<usize>; 2] = [None; 2];
+        for _ in 0..ATTEMPTS {
+            let index = group.members[self.dice.below(group.members.len().max(1) as u64) as usize];
+            if picks[0] != Some(index) && asked.takes(&pool.backends[index], misses) {
+                picks[usize::from(picks[0].is_some())] = Some(index);
+                if picks[1].is_some() {
+                    break;
+                }
+            }
+        }
+        let cost = |index: usize| load_cost(pool, &pool.backends[index], asked.now);
+        match picks {
+            [Some(one), Some(two)] => Some(if cost(two) < cost(one) { two } else { one }),
+            // Few are usable: look at them all.
+            _ => {
+                let takes = group.members.iter().copied().filter(|&index| asked.takes(&pool.backends[index], misses));
+                takes.min_by(|&one, &two| cost(one).total_cmp(&cost(two)))
+            }
+        }
+    }
+
+    fn by_chance(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        // One pass: each takes the lead with its share of the weight so far.
+        let (mut chosen, mut total) = (None, 0.0);
+        for &index in &group.members {
+            let backend = &pool.backends[index];
+            if !asked.takes(backend, misses) {
+                continue;
+            }
+            let weight = weight_of(pool, backend, asked.now);
+            total += weight;
+            let unit = (self.dice.roll() >> 11) as f64 / (1u64 << 53) as f64;
+            if unit * total < weight {
+                chosen = Some(index);
+            }
+        }
+        chosen
+    }
+
+    /// Smooth weighted round robin: everybody gains its weight, the richest goes and pays the sum.
+    fn in_turn(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+        let (mut best, mut total) = (None::<(usize, i64)>, 0);
+        for &index in &group.members {
+            let backend = &pool.backends[index];
+            if !asked.takes(backend, misses) {
+                continue;
+            }
+            let weight = (weight_of(pool, backend, asked.now) * 1_000.0) as i64;
+            total += weight;
+            let credit = self.turns.entry(backend.id).or_insert(0);
+            *credit += weight;
+            if best.is_none_or(|(_, most)| *credit > most) {
+                best = Some((index, *credit));
+            }
+        }
+        let (index, _) = best?;
+        *self.turns.entry(pool.backends[index].id).or_insert(0) -= total;
+        Some(index)
+    }
+}
+
+impl Asked<'_> {
+    /// Whether the backend may take this new session.
+    fn takes(&self, backend: &Backend, misses: &mut Misses) -> bool {
+        if !backend.is_open() || !backend.is_linked() || self.query.exclude.contains(&backend.id) {
+            return false;
+        }
+        if !self.panic && !backend.is_well(self.now) {
+            return false;
+        }
+        if !backend.live.can(self.query.capability) {
+            misses.incapable = true;
+            return false;
+        }
+        if backend.is_full() {
+            misses.full = true;
+            return false;
+        }
+        backend.spec.state != InstanceState::Canary || is_in_share(self.query.session.stable, backend.pin, CANARY_SHARE)
+    }
+}
+
+fn weight_of(pool: &Pool, backend: &Backend, now: u64) -> f64 {
+    f64::from(backend.spec.weight) * f64::from(backend.live.ramp(now, pool.spec.slow_start)) / 1_000.0
+}
+
+/// (in-flight + 1) x latency / weight.
+fn load_cost(pool: &Pool, backend: &Backend, now: u64) -> f64 {
+    // One of unknown latency counts as fast, so that it is tried.
+    let latency = backend.live.latency_us().max(1_000) as f64;
+    f64::from(backend.live.in_flight().saturating_add(1)) * latency / weight_of(pool, backend, now).max(0.001)
+}
+
+/// What a unit of weight may have in flight under a bounded load.
+fn load_bound(pool: &Pool, group: &Group, percent: u16) -> f64 {
+    let (mut load, mut weight) = (1.0, 0.0);
+    for &index in &group.members {
+        let backend = &pool.backends[index];
+        if backend.is_open() {
+            load += f64::from(backend.live.in_flight());
+            weight += f64::from(backend.spec.weight);
+        }
+    }
+    if weight == 0.0 { 0.0 } else { load / weight * f64::from(percent) / 100.0 }
+}
+
+impl Router for CoreRouter {
+    fn route(&mut self, now: Instant, query: &Query<'_>) -> Verdict {
+        if now > query.deadline && query.class != ClassId::CONTROL {
+            return Verdict::Refuse(Refusal::TooLate);
+        }
+        let clock = self.core.clock(now);
+        if let Some(verdict) = query.pin.and_then(|pin| self.pinned(pin, query)) {
+            return verdict;
+        }
+        if let Some(verdict) = self.tabled(clock, query) {
+            return verdict;
+        }
+        let Some(pool) = self.snapshot.pool(query.pool).cloned() else {
+            return Verdict::Refuse(Refusal::NoBackend);
+        };
+        if query.in_session {
+            return self.orphaned(&pool, query);
+        }
+        if self.core.is_draining() {
+            return Verdict::Refuse(Refusal::ShuttingDown);
+        }
+        self.balanced(&pool, clock, query)
+    }
+
+    fn withdraw(&mut self, _now: Instant, _ticket: Ticket) {}
+
+    fn outcome(&mut self, now: Instant, backend: BackendId, outcome: Outcome) {
+        let Some(count) = self.ledger.get_mut(&backend) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.ledger.remove(&backend);
+        }
+        self.core.outcome(now, &self.snapshot, backend, outcome);
+    }
+
+    fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>) {
+        self.core.link(now, &self.snapshot, backend, link);
+    }
+
+    fn learn(&mut self, now: Instant, session: SessionKey, backend: BackendId, class: ClassId, ttl: Duration) {
+        let learned = self.core.learn(now, session, backend, class, ttl);
+        debug_assert!(matches!(
+            learned,
+            Learned::Created | Learned::Refreshed | Learned::Moved | Learned::Evicted | Learned::Refused
+        ));
+    }
+
+    fn forget(&mut self, now: Instant, session: SessionKey) {
+        self.core.forget(now, session);
+    }
+
+    fn lookup(&mut self, now: Instant, session: SessionKey) -> Option<BackendId> {
+        let clock = self.core.clock(now);
+        self.core.table_entry(session, clock)
+    }
+
+    fn keyer(&self) -> &Keyer {
+        self.core.keyer()
+    }
+
+    fn seal(&self, pin: Pin, mark: u8, binding: u64) -> Token {
+        self.tokens.seal(pin, mark, binding)
+    }
+
+    fn unseal(&self, text: &[u8], binding: u64) -> Option<(Pin, u8)> {
+        self.tokens.unseal(text, binding)
+    }
+
+    fn resolve(&self, pin: Pin) -> Option<BackendId> {
+        self.snapshot.pins.get(&pin).map(|backend| backend.id)
+    }
+
+    fn backend(&self, backend: BackendId) -> Option<BackendView<'_>> {
+        let backend = self.snapshot.backend(backend)?;
+        Some(BackendView {
+            name: &backend.spec.id,
+            pool: backend.pool,
+            pin: backend.pin,
+            transport: backend.spec.transport,
+            address: backend.spec.address,
+            identity: backend.spec.identity.as_deref(),
+        })
+    }
+
+    fn named(&self, pool: PoolId, identity: &[u8]) -> Option<BackendId> {
+        self.snapshot.pool(pool)?.named(identity).map(|backend| backend.id)
+    }
+
+    fn backend_at(&self, address: SocketAddr) -> Option<BackendId> {
+        self.snapshot.addresses.get(&address).copied()
+    }
+
+    fn capabilities(&self, pool: PoolId, each: &mut dyn FnMut(u32)) {
+        let Some(pool) = self.snapshot.pool(pool) else { return };
+        for (index, backend) in pool.backends.iter().enumerate() {
+            for capability in backend.live.capabilities() {
+                let told = |earlier: &Arc<Backend>| earlier.live.capabilities().any(|known| known == capability);
+                if !pool.backends[..index].iter().any(told) {
+                    each(capability);
+                }
+            }
+        }
+    }
+
+    fn class(&self, class: ClassId) -> &Class {
+        let bulk = || &self.snapshot.classes[usize::from(ClassId::BULK.0)];
+        self.snapshot.class(class).unwrap_or_else(bulk)
+    }
+
+    fn session_ttl(&self, pool: PoolId) -> Duration {
+        const FALLBACK: Duration = Duration::from_secs(7_200);
+        self.snapshot.pool(pool).map_or(FALLBACK, |pool| pool.spec.session_ttl)
+    }
+
+    fn session_key_name(&self, pool: PoolId) -> &str {
+        self.snapshot.pool(pool).map_or("", |pool| &pool.spec.session_key)
+    }
+
+    fn name_flow(&mut self, name: SessionKey, flow: FlowId) {
+        self.core.flows().insert(name.keyed, flow);
+    }
+
+    fn named_flow(&self, name: SessionKey) -> Option<FlowId> {
+        self.core.flows().get(name.keyed)
+    }
+
+    fn unname_flow(&mut self, name: SessionKey, flow: FlowId) {
+        self.core.flows().remove(name.keyed, flow);
+    }
+
+    fn is_draining(&self) -> bool {
+        self.core.is_draining()
+    }
+}

@@ -1,0 +1,104 @@
+//! Binding: one socket per worker and address, all of them before anything is swapped.
+
+use std::io;
+use std::net::SocketAddr;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use strowger_contract::{LocalSocket, Transport};
+
+use super::launch::BoundSocket;
+
+/// What the kernel may hold of a datagram socket's bursts, each way. Half a second of 20,000
+/// messages a second at 400 bytes; the kernel caps it at `net.core.rmem_max`.
+const DATAGRAM_BUFFER_BYTES: usize = 4 << 20;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 1_024;
+
+/// Binds `socket` once for each worker.
+///
+/// # Errors
+/// The address is in use by another process, is not ours, or needs rights that we lack.
+pub(crate) fn bind(socket: &LocalSocket, workers: usize) -> io::Result<Vec<BoundSocket>> {
+    probe(socket)?;
+    let mut wanted = socket.clone();
+    let mut bound = Vec::with_capacity(workers);
+    for _ in 0..workers {
+        let next = bind_one(&wanted, true)?;
+        // Port 0 is any free one; the other workers need the same.
+        wanted.address = next.local_addr()?;
+        bound.push(next);
+    }
+    Ok(bound)
+}
+
+/// With SO_REUSEPORT a second process of the same user would silently share the port and take half
+/// of the traffic. A first try without it finds out.
+fn probe(socket: &LocalSocket) -> io::Result<()> {
+    bind_one(socket, false).map(drop)
+}
+
+fn bind_one(local: &LocalSocket, reuse_port: bool) -> io::Result<BoundSocket> {
+    match local.transport {
+        Transport::Udp => bind_datagram(local.address, reuse_port).map(BoundSocket::Datagram),
+        Transport::Tcp => {
+            let listener = bind_stream(local.address, reuse_port)?;
+            Ok(BoundSocket::Stream(listener, local.transport))
+        }
+        other => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("{}:// is not supported in this version; udp:// and tcp:// are", other.scheme()),
+        )),
+    }
+}
+
+fn new_socket(address: SocketAddr, kind: Type, protocol: Protocol, reuse_port: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
+    socket.set_nonblocking(true)?;
+    if address.is_ipv6() {
+        // An IPv6 wildcard must not take the IPv4 port of another listener.
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_port(reuse_port)?;
+    Ok(socket)
+}
+
+fn bind_datagram(address: SocketAddr, reuse_port: bool) -> io::Result<std::net::UdpSocket> {
+    let socket = new_socket(address, Type::DGRAM, Protocol::UDP, reuse_port)?;
+    socket.set_recv_buffer_size(DATAGRAM_BUFFER_BYTES)?;
+    socket.set_send_buffer_size(DATAGRAM_BUFFER_BYTES)?;
+    socket.bind(&address.into())?;
+    Ok(socket.into())
+}
+
+fn bind_stream(address: SocketAddr, reuse_port: bool) -> io::Result<std::net::TcpListener> {
+    let socket = new_socket(address, Type::STREAM, Protocol::TCP, reuse_port)?;
+    // Connections of an earlier process may still be in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn local(transport: Transport, address: SocketAddr) -> LocalSocket {
+        LocalSocket { transport, address, advertise: None }
+    }
+
+    #[test]
+    fn an_address_that_another_has_is_refused_even_if_it_would_share() {
+        for transport in [Transport::Udp, Transport::Tcp] {
+            for any in ["127.0.0.1:0", "[::1]:0"] {
+                let first = bind(&local(transport, any.parse().expect("an address")), 1).expect("free");
+                let taken = first[0].local_addr().expect("bound");
+                let error = bind(&local(transport, taken), 2).expect_err("in use");
+                assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+                drop(first);
+                assert_eq!(bind(&local(transport, taken), 3).expect("free again").len(), 3);
+            }
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! All workers, and the listeners on them.
+//!
+//! A new configuration comes in two steps: [`Fleet::prepare`] binds what is new, and nothing
+//! changes if it fails; [`Fleet::commit`], after the snapshot was swapped, starts the new listeners,
+//! gives the kept ones their options, and closes the old.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use strowger_contract::{LocalSocket, Transport, WorkerId};
+
+use super::bind::bind;
+use super::launch::{BoundSocket, Launch};
+use super::mailbox::Mailbox;
+use super::shared::Shared;
+use super::worker::{Start, Worker};
+use crate::observe::{Events, Metrics};
+use crate::routing::{Core, ListenerSpec};
+
+/// All workers.
+pub struct Fleet {
+    workers: Vec<Worker>,
+    listeners: HashMap<String, Listener>,
+    launchers: HashMap<&'static str, Arc<dyn Launch>>,
+    core: Arc<Core>,
+    metrics: Arc<Metrics>,
+    events: Arc<Events>,
+    seed: u64,
+    started: u32,
+    serial: u64,
+}
+
+struct Listener {
+    serial: u64,
+    spec: Arc<ListenerSpec>,
+    sockets: Sockets,
+    shared: Arc<Shared>,
+}
+
+/// For each address of a listener, one socket per worker.
+type Sockets = Vec<Vec<Arc<BoundSocket>>>;
+
+/// New listeners, bound and waiting for [`Fleet::commit`].
+pub struct Prepared {
+    wanted: Vec<Arc<ListenerSpec>>,
+    bound: HashMap<String, Sockets>,
+    /// Those that could not be bound, and why.
+    pub failed: Vec<BindFailure>,
+}
+
+/// A listener that could not be bound.
+#[derive(Debug)]
+pub struct BindFailure {
+    /// Its name.
+    pub listener: String,
+    /// What it was to be bound to.
+    pub socket: LocalSocket,
+    /// Why not.
+    pub error: io::Error,
+}
+
+/// A listener as it runs.
+#[derive(Clone, Debug)]
+pub struct ListenerView {
+    /// Its name.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: &'static str,
+    /// What it is really bound to.
+    pub bound: Vec<(Transport, SocketAddr)>,
+    /// Clients' connections.
+    pub connections: u32,
+    /// Transactions, pending requests and flows.
+    pub in_progress: usize,
+}
+
+impl Fleet {
+    /// Starts `count` workers without listeners. `started` grows with each start of the process.
+    ///
+    /// # Errors
+    /// A thread cannot be started.
+    pub fn new(
+        count: u8,
+        launchers: Vec<Box<dyn Launch>>,
+        core: Arc<Core>,
+        metrics: Arc<Metrics>,
+        events: Arc<Events>,
+        seed: u64,
+        started: u32,
+    ) -> io::Result<Self> {
+        let workers =
+            (0..count).map(|index| Worker::new(WorkerId(index), &metrics, &events)).collect::<io::Result<Vec<_>>>()?;
+        let launchers = launchers.into_iter().map(|launch| (launch.name(), Arc::from(launch))).collect();
+        Ok(Self { workers, listeners: HashMap::new(), launchers, core, metrics, events, seed, started, serial: 0 })
+    }
+
+    /// Binds what is new in `wanted`. What cannot be bound is left out and named; a listener of
+    /// that name that runs goes on as it is.
+    #[must_use]
+    pub fn prepare(&self, wanted: &[Arc<ListenerSpec>]) -> Prepared {
+        let mut prepared = Prepared { wanted: Vec::new(), bound: HashMap::new(), failed: Vec::new() };
+        for spec in wanted {
+            let running = self.listeners.get(&spec.name);
+            if running.is_some_and(|running| running.spec.sockets == spec.sockets && running.spec.protocol == spec.protocol) {
+                prepared.wanted.push(Arc::clone(spec));
+                continue;
+            }
+            match self.bind_all(spec) {
+                Ok(sockets) => {
+                    prepared.bound.insert(spec.name.clone(), sockets);
+                    prepared.wanted.push(Arc::clone(spec));
+                }
+                Err(failure) => {
+                    if let Some(running) = running {
+                        prepared.wanted.push(Arc::clone(&running.spec));
+                    }
+                    prepared.failed.push(failure);
+                }
+            }
+        }
+        prepared
+    }
+
+    fn bind_all(&self, spec: &ListenerSpec) -> Result<Sockets, BindFailure> {
+        let bind_one = |socket: &LocalSocket| {
+            // An address that a running listener already has is taken over with what waits in it.
+            if let Some(sockets) = self.sockets_at(socket) {
+                return Ok(sockets);
+            }
+            let bound = bind(socket, self.workers.len());
+            let bound = bound.map(|sockets| sockets.into_iter().map(Arc::new).collect());
+            bound.map_err(|error| BindFailure { listener: spec.name.clone(), socket: socket.clone(), error })
+        };
+        spec.sockets.iter().map(bind_one).collect()
+    }
+
+    fn sockets_at(&self, wanted: &LocalSocket) -> Option<Vec<Arc<BoundSocket>>> {
+        self.listeners.values().find_map(|listener| {
+            let same = |socket: &LocalSocket| socket.transport == wanted.transport && socket.address == wanted.address;
+            let index = listener.spec.sockets.iter().position(same).filter(|_| wanted.address.port() != 0)?;
+            Some(listener.sockets[index].clone())
+        })
+    }
+
+    /// Starts, reconfigures and closes listeners as prepared.
+    pub fn commit(&mut self, prepared: Prepared) {
+        let Prepared { wanted, mut bound, .. } = prepared;
+        let gone: Vec<String> =
+            self.listeners.keys().filter(|name| !wanted.iter().any(|spec| spec.name == **name)).cloned().collect();
+        for spec in wanted {
+            match bound.remove(&spec.name) {
+                Some(sockets) => {
+                    let old = self.listeners.remove(&spec.name);
+                    self.start(&spec, sockets);
+                    if let Some(old) = old {
+                        self.stop(&old);
+                    }
+                }
+                None => self.reconfigure(&spec),
+            }
+        }
+        for name in gone {
+            if let Some(old) = self.listeners.remove(&name) {
+                self.stop(&old);
+            }
+        }
+    }
+
+    fn start(&mut self, spec: &Arc<ListenerSpec>, sockets: Sockets) {
+        let Some(launch) = self.launchers.get(spec.protocol) else { return };
+        self.serial += 1;
+        let count = self.workers.len();
+        let shared = Arc::new(Shared {
+            name: spec.name.clone(),
+            workers: count as u8,
+            seed: self.seed ^ self.serial.wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            started: self.started,
+            core: Arc::clone(&self.core),
+            metrics: Arc::clone(&self.metrics),
+            events: Arc::clone(&self.events),
+            mailboxes: (0..count).map(|_| Mailbox::default()).collect(),
+            connections: AtomicU32::new(0),
+            in_progress: (0..count).map(|_| AtomicUsize::new(0)).collect(),
+            jitter: AtomicU64::new(self.seed),
+        });
+        for (index, worker) in self.workers.iter().enumerate() {
+            worker.start(Start {
+                launch: Arc::clone(launch),
+                spec: Arc::clone(spec),
+                sockets: sockets.iter().map(|per_worker| Arc::clone(&per_worker[index])).collect(),
+                shared: Arc::clone(&shared),
+                serial: self.serial,
+            });
+        }
+        let listener = Listener { serial: self.serial, spec: Arc::clone(spec), sockets, shared };
+        self.listeners.insert(spec.name.clone(), listener);
+    }
+
+    fn reconfigure(&mut self, spec: &Arc<ListenerSpec>) {
+        let Some(listener) = self.listeners.get_mut(&spec.name) else { return };
+        if listener.spec.fingerprint == spec.fingerprint {
+            return;
+        }
+        listener.spec = Arc::clone(spec);
+        for worker in &self.workers {
+            worker.reconfigure(listener.serial, spec);
+        }
+    }
+
+    fn stop(&self, listener: &Listener) {
+        for worker in &self.workers {
+            worker.stop(listener.serial);
+        }
+    }
+
+    /// The listeners as they run.
+    #[must_use]
+    pub fn view(&self) -> Vec<ListenerView> {
+        let mut views: Vec<ListenerView> = self.listeners.values().map(Listener::view).collect();
+        views.sort_by(|one, two| one.name.cmp(&two.name));
+        views
+    }
+
+    /// Tells all engines that the node is leaving.
+    pub fn drain(&self) {
+        self.workers.iter().for_each(Worker::drain);
+    }
+
+    /// What is under way on all listeners.
+    #[must_use]
+    pub fn in_progress(&self) -> usize {
+        self.listeners.values().map(Listener::in_progress).sum()
+    }
+
+    /// Ends all workers.
+    pub fn end(&mut self) {
+        self.workers.iter_mut().for_each(Worker::end);
+    }
+}
+
+impl Listener {
+    fn in_progress(&self) -> usize {
+        self.shared.in_progress.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    fn view(&self) -> ListenerView {
+        let address = |per_worker: &Vec<Arc<BoundSocket>>| {
+            let socket = per_worker.first()?;
+            Some((socket.transport(), socket.local_addr().ok()?))
+        };
+        ListenerView {
+            name: self.spec.name.clone(),
+            protocol: self.spec.protocol,
+            bound: self.sockets.iter().filter_map(address).collect(),
+            connections: self.shared.connections.load(Ordering::Relaxed),
+            in_progress: self.in_progress(),
+        }
+    }
+}

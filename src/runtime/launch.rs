@@ -1,0 +1,304 @@
+//! From a protocol's type to running listeners: the tasks around a [`Host`].
+
+use std::any::Any;
+use std::io;
+use std::marker::PhantomData;
+use std::net::{TcpListener as StdTcpListener, UdpSocket as StdUdpSocket};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use strowger_contract::{Links, Protocol, Transport, WorkerId};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::datagram::{BATCH, DatagramPort, Sent};
+use super::host::Host;
+use super::link::keep_links;
+use super::mailbox::Letters;
+use super::shared::{NodeEvent, Shared};
+use super::sys::RecvBatch;
+use crate::observe::ListenerMetrics;
+use crate::routing::{ListenerSpec, Setup};
+
+/// Batches that one socket may receive before the others have their turn.
+const BATCHES_PER_TURN: usize = 4;
+
+/// How long to wait when no connection can be accepted: descriptors or memory ran out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where a listener starts.
+pub(crate) struct Place {
+    pub(crate) worker: WorkerId,
+    pub(crate) spec: Arc<ListenerSpec>,
+    /// This worker's own sockets, in the order of the spec's.
+    pub(crate) sockets: Vec<BoundSocket>,
+    pub(crate) shared: Arc<Shared>,
+    /// Told when a task that the listener cannot do without panics.
+    pub(crate) broken: Rc<Notify>,
+}
+
+/// A socket that is bound and does not block.
+#[derive(Debug)]
+pub(crate) enum BoundSocket {
+    Datagram(StdUdpSocket),
+    Stream(StdTcpListener, Transport),
+}
+
+impl BoundSocket {
+    /// What it is really bound to.
+    pub(crate) fn local_addr(&self) -> io::Result<std::net::SocketAddr> {
+        match self {
+            Self::Datagram(socket) => socket.local_addr(),
+            Self::Stream(socket, _) => socket.local_addr(),
+        }
+    }
+
+    /// What runs over it.
+    pub(crate) fn transport(&self) -> Transport {
+        match self {
+            Self::Datagram(_) => Transport::Udp,
+            Self::Stream(_, transport) => *transport,
+        }
+    }
+
+    /// Another handle of the same socket.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Datagram(socket) => Self::Datagram(socket.try_clone()?),
+            Self::Stream(socket, transport) => Self::Stream(socket.try_clone()?, *transport),
+        })
+    }
+}
+
+/// Starts a protocol's listeners; one for each protocol.
+pub trait Launch: Send + Sync {
+    /// The protocol's name.
+    fn name(&self) -> &'static str;
+
+    /// Starts a listener on the current worker.
+    #[doc(hidden)]
+    fn start(&self, place: LaunchPlace) -> io::Result<Rc<dyn RunningListener>>;
+}
+
+/// The opaque form of a place, so that [`Launch`] can be public.
+#[doc(hidden)]
+pub struct LaunchPlace(pub(crate) Place);
+
+/// A listener that runs on a worker.
+#[doc(hidden)]
+pub trait RunningListener {
+    /// New options and routes.
+    fn reconfigure(&self, spec: &Arc<ListenerSpec>);
+    /// The node is leaving.
+    fn drain(&self);
+    /// Close everything.
+    fn stop(&self);
+}
+
+/// The launcher of a protocol.
+#[must_use]
+pub fn launcher<P: Protocol>() -> Box<dyn Launch> {
+    Box::new(Launcher::<P>(PhantomData))
+}
+
+struct Launcher<P>(PhantomData<fn() -> P>);
+
+impl<P: Protocol> Launch for Launcher<P> {
+    fn name(&self) -> &'static str {
+        P::NAME
+    }
+
+    fn start(&self, place: LaunchPlace) -> io::Result<Rc<dyn RunningListener>> {
+        start::<P>(place.0)
+    }
+}
+
+struct Running<P: Protocol> {
+    host: Rc<Host<P>>,
+}
+
+impl<P: Protocol> RunningListener for Running<P> {
+    fn reconfigure(&self, spec: &Arc<ListenerSpec>) {
+        if let Some(setup) = setup_of::<P>(&spec.setup) {
+            self.host.reconfigure(spec, setup);
+        }
+    }
+
+    fn drain(&self) {
+        self.host.drain();
+    }
+
+    fn stop(&self) {
+        self.host.stop.cancel();
+    }
+}
+
+fn setup_of<P: Protocol>(setup: &Arc<dyn Any + Send + Sync>) -> Option<Arc<Setup<P>>> {
+    Arc::clone(setup).downcast::<Setup<P>>().ok()
+}
+
+fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
+    let Some(setup) = setup_of::<P>(&place.spec.setup) else {
+        return Err(io::Error::other(format!("listener {} was set up for another protocol", place.spec.name)));
+    };
+    let mut ports = Vec::new();
+    let mut streams = Vec::new();
+    for (index, socket) in place.sockets.into_iter().enumerate() {
+        match socket {
+            BoundSocket::Datagram(socket) => ports.push(Some(Rc::new(DatagramPort::new(socket, index as u16)?))),
+            BoundSocket::Stream(socket, transport) => {
+                ports.push(None);
+                streams.push((TcpListener::from_std(socket)?, transport));
+            }
+        }
+    }
+    let stop = CancellationToken::new();
+    let host = Host::<P>::new(place.worker, place.shared, place.spec, setup, ports, stop);
+    let broken = place.broken;
+    for port in host.ports.iter().flatten() {
+        guard(&broken, spawn(&host, receive(Rc::clone(&host), Rc::clone(port))));
+    }
+    for (listener, transport) in streams {
+        guard(&broken, spawn(&host, accept(Rc::clone(&host), listener, transport)));
+    }
+    guard(&broken, spawn(&host, Rc::clone(&host).keep_time()));
+    guard(&broken, spawn(&host, read_mail(Rc::clone(&host))));
+    if P::LINKS == Links::Single {
+        guard(&broken, spawn(&host, keep_links(Rc::clone(&host))));
+    }
+    // The engine may want a timer before anything happens.
+    host.batch(Instant::now(), |_| ());
+    Ok(Rc::new(Running { host }))
+}
+
+/// Runs a task of the listener until the listener stops.
+fn spawn<P: Protocol>(host: &Rc<Host<P>>, task: impl Future<Output = ()> + 'static) -> JoinHandle<()> {
+    let stop = host.stop.clone();
+    tokio::task::spawn_local(async move {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = task => {}
+        }
+    })
+}
+
+/// A task's panic would only end the task, and leave a socket that nobody reads. The worker is told
+/// and starts again as a whole.
+fn guard(broken: &Rc<Notify>, task: JoinHandle<()>) {
+    let broken = Rc::clone(broken);
+    tokio::task::spawn_local(async move {
+        if task.await.is_err_and(|error| error.is_panic()) {
+            broken.notify_one();
+        }
+    });
+}
+
+async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
+    let mut batch = RecvBatch::new(BATCH);
+    loop {
+        let Ok(mut count) = port.receive(&mut batch).await else {
+            // An error of one datagram's past (ICMP); the next receive is a new one.
+            continue;
+        };
+        for _ in 0..BATCHES_PER_TURN {
+            host.batch(Instant::now(), |engine| {
+                for index in 0..count {
+                    if let Some((remote, bytes)) = batch.datagram(index) {
+                        engine.datagram(&port, remote, bytes);
+                    } else {
+                        engine.truncated();
+                    }
+                }
+            });
+            if count < BATCH {
+                break;
+            }
+            match port.receive_more(&mut batch) {
+                Some(more) => count = more,
+                None => break,
+            }
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Counts what a port sent.
+pub(crate) fn count_sent(metrics: &mut ListenerMetrics, sent: Sent) {
+    if sent.messages > 0 {
+        metrics.sent(sent.messages, sent.bytes);
+    }
+    for _ in 0..sent.failed {
+        metrics.send_failed("kernel");
+    }
+    for _ in 0..sent.overflowed {
+        metrics.queue_overflow();
+    }
+}
+
+/// Sends a port's backlog as the kernel takes it.
+pub(crate) fn drain_port<P: Protocol>(host: &Rc<Host<P>>, port: &Rc<DatagramPort>) {
+    let (owner, port) = (Rc::clone(host), Rc::clone(port));
+    let _detached = spawn(host, async move {
+        port.drain(|sent| count_sent(&mut owner.state().metrics, sent)).await;
+    });
+}
+
+async fn accept<P: Protocol>(host: Rc<Host<P>>, listener: TcpListener, transport: Transport) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, remote)) => take_in(&host, stream, remote, transport),
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                host.shared.event(NodeEvent::AcceptFailed { error: error.to_string() });
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// accept(2) also reports what befell a connection before it was accepted.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+fn take_in<P: Protocol>(host: &Rc<Host<P>>, stream: TcpStream, remote: std::net::SocketAddr, transport: Transport) {
+    let limit = host.state().spec.limits.connections;
+    if host.shared.connections.fetch_add(1, Ordering::Relaxed) >= limit {
+        host.shared.connections.fetch_sub(1, Ordering::Relaxed);
+        host.state().metrics.connection_rejected();
+        return;
+    }
+    let host = Rc::clone(host);
+    let place = Taken(Arc::clone(&host.shared));
+    tokio::task::spawn_local(async move {
+        host.accept(stream, remote, transport).await;
+        drop(place);
+    });
+}
+
+/// A place among the listener's connections; given back however the task ends.
+struct Taken(Arc<Shared>);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn read_mail<P: Protocol>(host: Rc<Host<P>>) {
+    let shared = Arc::clone(&host.shared);
+    let mailbox = &shared.mailboxes[usize::from(host.worker.0)];
+    let mut letters = Letters::default();
+    loop {
+        mailbox.take(&mut letters).await;
+        host.letters(&letters);
+        tokio::task::yield_now().await;
+    }
+}

@@ -1,0 +1,319 @@
+//! Stream links to backends: opened on demand by each worker, or kept by one worker for all.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use strowger_contract::{
+    BackendId, CloseCause, Endpoint, Link, Links, PeerChange, Protocol, Router, Transport,
+};
+use tokio::net::TcpStream;
+
+use super::host::{Dial, Host};
+use super::shared::NodeEvent;
+use super::stream::{Connection, serve};
+
+/// The first pause after a link failed; each further failure doubles it.
+const BACK_OFF_FIRST: Duration = Duration::from_millis(100);
+
+/// The longest pause. A backend that returns waits so long at most.
+const BACK_OFF_MAX: Duration = Duration::from_secs(5);
+
+/// How often kept links are compared with the snapshot.
+const RECONCILE_EVERY: Duration = Duration::from_millis(200);
+
+/// How long a retired link has for its goodbyes.
+const RETIRED_GRACE: Duration = Duration::from_secs(5);
+
+/// The links of one worker.
+#[derive(Default)]
+pub(crate) struct LinkTable {
+    links: HashMap<BackendId, LinkState>,
+}
+
+enum LinkState {
+    /// Being opened; what waits for it.
+    Connecting(Vec<u8>),
+    Open(Rc<Connection>),
+    /// Failed lately; `failures` in a row.
+    Paused { until: Instant, failures: u32, cause: CloseCause },
+}
+
+/// What becomes of bytes for a backend.
+pub(crate) enum Offer {
+    /// Push them there.
+    Open(Rc<Connection>),
+    /// They wait for the link.
+    Waits,
+    /// They wait, and the link must now be opened.
+    Dial,
+    /// They cannot go.
+    Down(CloseCause),
+}
+
+impl LinkTable {
+    /// Bytes for a backend.
+    pub(crate) fn offer(&mut self, backend: BackendId, bytes: &[u8], limit: usize, links: Links, now: Instant) -> Offer {
+        match self.links.entry(backend) {
+            Entry::Occupied(mut entry) => match entry.get_mut() {
+                LinkState::Open(connection) if connection.is_closing() => Offer::Down(CloseCause::Local),
+                LinkState::Open(connection) => Offer::Open(Rc::clone(connection)),
+                LinkState::Connecting(waiting) if waiting.len() + bytes.len() <= limit => {
+                    waiting.extend_from_slice(bytes);
+                    Offer::Waits
+                }
+                LinkState::Connecting(_) => Offer::Down(CloseCause::Overflow),
+                LinkState::Paused { until, cause, .. } if links == Links::Single || now < *until => Offer::Down(*cause),
+                LinkState::Paused { .. } => {
+                    entry.insert(LinkState::Connecting(bytes.to_vec()));
+                    Offer::Dial
+                }
+            },
+            Entry::Vacant(_) if links == Links::Single => Offer::Down(CloseCause::Unreachable),
+            Entry::Vacant(entry) => {
+                entry.insert(LinkState::Connecting(bytes.to_vec()));
+                Offer::Dial
+            }
+        }
+    }
+
+    /// The open link to a backend.
+    pub(crate) fn open(&self, backend: BackendId) -> Option<Rc<Connection>> {
+        match self.links.get(&backend) {
+            Some(LinkState::Open(connection)) => Some(Rc::clone(connection)),
+            _ => None,
+        }
+    }
+
+    /// All open links.
+    pub(crate) fn connections(&self) -> impl Iterator<Item = &Rc<Connection>> {
+        self.links.values().filter_map(|link| match link {
+            LinkState::Open(connection) => Some(connection),
+            _ => None,
+        })
+    }
+
+    /// The link is open; what waited for it.
+    fn opened(&mut self, backend: BackendId, connection: Rc<Connection>) -> Vec<u8> {
+        match self.links.insert(backend, LinkState::Open(connection)) {
+            Some(LinkState::Connecting(waiting)) => waiting,
+            _ => Vec::new(),
+        }
+    }
+
+    /// The link is down; how long to pause.
+    fn failed(&mut self, backend: BackendId, was_open: bool, cause: CloseCause, now: Instant, failures: u32) -> Duration {
+        let failures = if was_open { 1 } else { failures + 1 };
+        let pause = (BACK_OFF_FIRST * 2u32.saturating_pow(failures.min(10) - 1)).min(BACK_OFF_MAX);
+        self.links.insert(backend, LinkState::Paused { until: now + pause, failures, cause });
+        pause
+    }
+
+    fn failures(&self, backend: BackendId) -> u32 {
+        match self.links.get(&backend) {
+            Some(LinkState::Paused { failures, .. }) => *failures,
+            _ => 0,
+        }
+    }
+
+    fn forget(&mut self, backend: BackendId) {
+        self.links.remove(&backend);
+    }
+}
+
+/// Opens a connection that the engine wants, in a task of its own.
+pub(crate) fn dial<P: Protocol>(host: &Rc<Host<P>>, dial: Dial) {
+    let host = Rc::clone(host);
+    tokio::task::spawn_local(async move {
+        match dial {
+            Dial::Backend(backend) => {
+                let failures = host.state().links.failures(backend);
+                let _pause = run_link(&host, backend, failures).await;
+            }
+            Dial::Remote(transport, address) => dial_remote(host, transport, address).await,
+        }
+    });
+}
+
+async fn dial_remote<P: Protocol>(host: Rc<Host<P>>, transport: Transport, address: SocketAddr) {
+    let timeout = host.state().spec.limits.connect;
+    let stream = match connect(address, timeout).await {
+        Ok(stream) => stream,
+        Err(cause) => return host.not_dialed(transport, address, cause),
+    };
+    let Ok(local) = stream.local_addr() else {
+        return host.not_dialed(transport, address, CloseCause::Reset);
+    };
+    let (flow, connection) = host.adopt(stream, address, local, transport);
+    host.tell(Endpoint::Client(flow), PeerChange::Opened { remote: address, local, transport });
+    host.dialed(&connection);
+    let idle = host.state().spec.limits.idle;
+    let cause = serve(&host, &connection, idle).await;
+    host.release(flow, &connection, cause);
+}
+
+/// Opens a link, serves it until it ends, and says how long to pause before the next try.
+async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures: u32) -> Duration {
+    let peer = Endpoint::Backend(backend);
+    let target = {
+        let state = host.state();
+        state.router.backend(backend).map(|view| (view.transport, view.address))
+    };
+    let Some((transport, address)) = target else {
+        host.state().links.forget(backend);
+        return BACK_OFF_FIRST;
+    };
+    let timeout = host.state().spec.limits.connect;
+    let opened = match connect(address, timeout).await {
+        Ok(stream) => stream.local_addr().map(|local| (stream, local)).map_err(|_| CloseCause::Reset),
+        Err(cause) => Err(cause),
+    };
+    let (stream, local) = match opened {
+        Ok(opened) => opened,
+        Err(cause) => return link_down(host, backend, false, cause, failures),
+    };
+    let connection = Connection::new(stream, peer, address, local, transport);
+    let waiting = host.state().links.opened(backend, Rc::clone(&connection));
+    host.shared.event(NodeEvent::LinkUp { backend: host.shared.backend_name(backend) });
+    if P::LINKS == Links::PerWorker {
+        // The transport is all there is to such a link; others introduce themselves first.
+        let up = Link::Up { identity: &[], capabilities: &[] };
+        host.state().router.link(Instant::now(), backend, up);
+    }
+    host.tell(peer, PeerChange::Opened { remote: address, local, transport });
+    if !waiting.is_empty() {
+        connection.push(&waiting, usize::MAX);
+        host.write(&connection);
+    }
+    // A link is the edge's own: it stays open however long nothing passes.
+    let cause = serve(host, &connection, Duration::ZERO).await;
+    if connection.congested.get() {
+        host.shared.core.set_congested(backend, false);
+    }
+    link_down(host, backend, true, cause, 0)
+}
+
+fn link_down<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, was_open: bool, cause: CloseCause, failures: u32) -> Duration {
+    let now = Instant::now();
+    let peer = Endpoint::Backend(backend);
+    let pause = host.state().links.failed(backend, was_open, cause, now, failures);
+    if P::LINKS == Links::Single || cause.is_far_fault() {
+        host.state().router.link(now, backend, Link::Down(cause));
+    }
+    host.shared.event(NodeEvent::LinkDown { backend: host.shared.backend_name(backend), was_open, cause });
+    host.tell(peer, PeerChange::Closed(cause));
+    if P::LINKS == Links::Single && was_open {
+        host.shared.tell_others(host.worker, peer, PeerChange::Closed(cause));
+    }
+    pause
+}
+
+/// Opens a stream within `timeout`.
+pub(crate) async fn connect(address: SocketAddr, timeout: Duration) -> Result<TcpStream, CloseCause> {
+    match tokio::time::timeout(timeout, TcpStream::connect(address)).await {
+        Err(_) => Err(CloseCause::ConnectTimeout),
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err(match error.kind() {
+            std::io::ErrorKind::ConnectionRefused => CloseCause::Refused,
+            std::io::ErrorKind::ConnectionReset => CloseCause::Reset,
+            _ => CloseCause::Unreachable,
+        }),
+    }
+}
+
+/// Keeps a link to every backend that the listener may need and this worker owns. Never ends.
+pub(crate) async fn keep_links<P: Protocol>(host: Rc<Host<P>>) {
+    let mut kept: HashMap<BackendId, tokio::task::JoinHandle<()>> = HashMap::new();
+    let mut tick = tokio::time::interval(RECONCILE_EVERY);
+    loop {
+        tick.tick().await;
+        let wanted = wanted_links(&host);
+        for &backend in &wanted {
+            kept.entry(backend).or_insert_with(|| tokio::task::spawn_local(keep_link(Rc::clone(&host), backend)));
+        }
+        kept.retain(|backend, task| {
+            let keep = wanted.contains(backend);
+            if !keep {
+                task.abort();
+                retire(&host, *backend);
+            }
+            keep
+        });
+    }
+}
+
+fn wanted_links<P: Protocol>(host: &Rc<Host<P>>) -> std::collections::HashSet<BackendId> {
+    let mut state = host.state();
+    state.router.refresh();
+    let pools = state.spec.pools.clone();
+    let snapshot = state.router.snapshot();
+    let mine = |backend: &BackendId| host.shared.owner(P::LINKS, *backend, host.worker) == host.worker;
+    pools.iter().flat_map(|&pool| snapshot.linkable(pool)).filter(mine).collect()
+}
+
+async fn keep_link<P: Protocol>(host: Rc<Host<P>>, backend: BackendId) {
+    loop {
+        let failures = host.state().links.failures(backend);
+        let task = {
+            let host = Rc::clone(&host);
+            // In a task of its own: the keeper may be aborted, a link's end must still be told.
+            tokio::task::spawn_local(async move { run_link(&host, backend, failures).await })
+        };
+        let Ok(pause) = task.await else { return };
+        tokio::time::sleep(host.shared.jitter(pause)).await;
+    }
+}
+
+/// The backend is no longer wanted: the engine says goodbye, and in the end the link is cut.
+fn retire<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId) {
+    let Some(connection) = host.state().links.open(backend) else {
+        host.state().links.forget(backend);
+        return;
+    };
+    host.tell(Endpoint::Backend(backend), PeerChange::Retired);
+    let host = Rc::clone(host);
+    tokio::task::spawn_local(async move {
+        tokio::time::sleep(RETIRED_GRACE).await;
+        connection.close(strowger_contract::Closing::Flushed, CloseCause::Local);
+        tokio::time::sleep(RETIRED_GRACE).await;
+        host.state().links.forget(backend);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_link_pauses_longer_each_time_and_then_dials_again() {
+        let (mut table, now, backend) = (LinkTable::default(), Instant::now(), BackendId(1));
+        let mut offer = |table: &mut LinkTable, now| match table.offer(backend, b"x", 100, Links::PerWorker, now) {
+            Offer::Open(_) => "open",
+            Offer::Waits => "waits",
+            Offer::Dial => "dial",
+            Offer::Down(_) => "down",
+        };
+        assert_eq!(offer(&mut table, now), "dial");
+        assert_eq!(offer(&mut table, now), "waits");
+        let first = table.failed(backend, false, CloseCause::Refused, now, 0);
+        assert_eq!(first, BACK_OFF_FIRST);
+        assert_eq!(offer(&mut table, now), "down");
+        let failures = table.failures(backend);
+        assert_eq!(offer(&mut table, now + first), "dial");
+        assert_eq!(table.failed(backend, false, CloseCause::Refused, now, failures), BACK_OFF_FIRST * 2);
+        assert_eq!(table.failed(backend, false, CloseCause::Refused, now, 50), BACK_OFF_MAX);
+        assert_eq!(table.failed(backend, true, CloseCause::End, now, 0), BACK_OFF_FIRST, "it had worked");
+    }
+
+    #[test]
+    fn what_waits_for_a_link_is_bounded() {
+        let (mut table, now, backend) = (LinkTable::default(), Instant::now(), BackendId(1));
+        for _ in 0..10 {
+            let _waits = table.offer(backend, &[0; 10], 100, Links::PerWorker, now);
+        }
+        let over = table.offer(backend, &[0; 10], 100, Links::PerWorker, now);
+        assert!(matches!(over, Offer::Down(CloseCause::Overflow)));
+    }
+}

@@ -1,0 +1,32 @@
+//! Workers, sockets, connections, links to backends, hand-over between workers.
+//!
+//! One thread per worker; all that a worker touches per message is its own, but for the snapshot
+//! (read), the backends' atomics and the session table's shards. See `docs/decisions.md` for the
+//! choices.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `fleet` | all workers; binds, starts and closes listeners |
+//! | `worker` | one thread; restarts itself after a panic |
+//! | `launch` | from a protocol's type to tasks |
+//! | `host` | a listener on a worker: the engine and its wishes |
+//! | `datagram`, `stream`, `splice` | the three ways that bytes come and go |
+//! | `link` | streams to backends |
+//! | `mailbox`, `shared` | what workers have in common |
+//! | `sys` | the only unsafe code |
+
+mod bind;
+mod datagram;
+mod fleet;
+mod host;
+mod launch;
+mod link;
+mod mailbox;
+mod shared;
+mod splice;
+mod stream;
+mod sys;
+mod worker;
+
+pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};
+pub use launch::{Launch, launcher};

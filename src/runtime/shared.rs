@@ -1,0 +1,124 @@
+//! What the workers of one listener share.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use strowger_contract::{BackendId, ClassId, CloseCause, Endpoint, Level, Links, Note, PeerChange, WorkerId};
+
+use super::mailbox::{Mail, Mailbox};
+use crate::observe::{Event, Events, Metrics, NameView};
+use crate::routing::{Core, CoreRouter, Snapshot};
+
+/// What the workers of one listener share.
+pub(crate) struct Shared {
+    pub(crate) name: String,
+    pub(crate) workers: u8,
+    pub(crate) seed: u64,
+    pub(crate) started: u32,
+    pub(crate) core: Arc<Core>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) events: Arc<Events>,
+    pub(crate) mailboxes: Vec<Mailbox>,
+    /// Clients' connections, over all workers.
+    pub(crate) connections: AtomicU32,
+    /// What each worker's engine has under way.
+    pub(crate) in_progress: Vec<AtomicUsize>,
+    pub(crate) jitter: AtomicU64,
+}
+
+/// What happens in the runtime itself.
+#[derive(Clone, Debug)]
+pub(crate) enum NodeEvent {
+    Framing { remote: SocketAddr, detail: String },
+    EnginePanicked { worker: WorkerId },
+    EngineSpins { worker: WorkerId },
+    LinkUp { backend: String },
+    LinkDown { backend: String, was_open: bool, cause: CloseCause },
+    AcceptFailed { error: String },
+}
+
+impl Shared {
+    /// The worker that holds the link to a backend.
+    pub(crate) fn owner(&self, links: Links, backend: BackendId, asking: WorkerId) -> WorkerId {
+        match links {
+            Links::Single => WorkerId((backend.0 % u32::from(self.workers.max(1))) as u8),
+            Links::PerWorker | Links::None => asking,
+        }
+    }
+
+    /// Tells every other worker's engine of a change.
+    pub(crate) fn tell_others(&self, but: WorkerId, peer: Endpoint, change: PeerChange) {
+        for (index, mailbox) in self.mailboxes.iter().enumerate() {
+            if index != usize::from(but.0) {
+                // A worker whose mailbox is full hears it when it next sends there.
+                let _full = mailbox.put(&[], |_| Mail::Peer(peer, change));
+            }
+        }
+    }
+
+    /// A name for logs.
+    pub(crate) fn backend_name(&self, backend: BackendId) -> String {
+        let snapshot = self.core.snapshot();
+        snapshot.backend_names(backend).map_or_else(|| format!("backend {}", backend.0), |(pool, id)| format!("{pool}/{id}"))
+    }
+
+    /// Names for metrics, from the snapshot that the router looks at.
+    pub(crate) fn names(&self, router: &CoreRouter) -> Names {
+        Names(Arc::clone(router.snapshot()))
+    }
+
+    /// Spreads a pause by a quarter, so that many links do not come back at once.
+    pub(crate) fn jitter(&self, pause: Duration) -> Duration {
+        let mut bits = self.jitter.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        bits = (bits ^ bits >> 31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let share = (bits >> 40) as u32 as f64 / f64::from(1 << 24);
+        pause.mul_f64(0.75 + share / 2.0)
+    }
+
+    /// Logs what an engine has to say.
+    pub(crate) fn log(&self, note: &Note) {
+        if let Note::Event { level, name, detail } = note {
+            self.events.emit(Event::engine(*level, &self.name, name, detail.clone()));
+        }
+    }
+
+    /// Logs what happens in the runtime.
+    pub(crate) fn event(&self, event: NodeEvent) {
+        let (level, name, detail) = match event {
+            NodeEvent::Framing { remote, detail } => (Level::Info, "framing_lost", format!("{remote}: {detail}")),
+            NodeEvent::EnginePanicked { worker } => (
+                Level::Warn,
+                "engine_panicked",
+                format!("the engine on worker {} panicked and was restarted; its connections are closed", worker.0),
+            ),
+            NodeEvent::EngineSpins { worker } => (
+                Level::Warn,
+                "engine_spins",
+                format!("the engine on worker {} did not come to rest; what it still wanted was dropped", worker.0),
+            ),
+            NodeEvent::LinkUp { backend } => (Level::Info, "link_up", backend),
+            NodeEvent::LinkDown { backend, was_open, cause } => {
+                let what = if was_open { "closed" } else { "could not be opened" };
+                (Level::Warn, "link_down", format!("{backend}: {what}: {}", cause.word()))
+            }
+            NodeEvent::AcceptFailed { error } => (Level::Warn, "accept_failed", error),
+        };
+        self.events.emit(Event::engine(level, &self.name, name, detail));
+    }
+}
+
+/// Names out of a snapshot.
+pub(crate) struct Names(Arc<Snapshot>);
+
+impl NameView for Names {
+    fn class(&self, class: ClassId) -> &str {
+        self.0.class_name(class)
+    }
+
+    fn backend(&self, backend: BackendId) -> Option<(&str, &str)> {
+        self.0.backend_names(backend)
+    }
+}
+

@@ -1,0 +1,353 @@
+//! A connection: its bounded write queue, and the task that reads, cuts and writes.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use socket2::SockRef;
+use strowger_contract::outbox::SpliceLimits;
+use strowger_contract::{
+    BackendId, CloseCause, Closing, Endpoint, FrameError, Framer, Framing, Protocol, Transport,
+};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use super::host::Host;
+
+/// How long a connection that is to close once its queue is written may take for it.
+const LINGER: Duration = Duration::from_secs(5);
+
+/// Messages that one read may yield before the others have their turn: a peer that sends in bulk
+/// must not hold the worker.
+const MESSAGES_PER_TURN: usize = 256;
+
+/// A queue's memory above this goes back when it is empty: an idle connection holds nothing.
+const QUEUE_KEPT: usize = 0;
+
+/// One connection, shared between its task and the host's flush.
+pub(crate) struct Connection {
+    pub(crate) stream: TcpStream,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) remote: SocketAddr,
+    pub(crate) local: SocketAddr,
+    pub(crate) transport: Transport,
+    queue: RefCell<Queue>,
+    closing: Cell<Option<(Closing, CloseCause)>>,
+    splice: Cell<Option<(BackendId, SpliceLimits)>>,
+    /// Already in the flush's list of connections to write.
+    pub(crate) dirty: Cell<bool>,
+    /// The core was told that this link is congested.
+    pub(crate) congested: Cell<bool>,
+    kick: Notify,
+}
+
+#[derive(Default)]
+struct Queue {
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl Queue {
+    fn len(&self) -> usize {
+        self.bytes.len() - self.written
+    }
+}
+
+/// What a write brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// Bytes that the kernel took.
+    pub(crate) written: usize,
+    /// Bytes that still wait.
+    pub(crate) queued: usize,
+}
+
+impl Connection {
+    /// Wraps an open stream.
+    pub(crate) fn new(
+        stream: TcpStream,
+        endpoint: Endpoint,
+        remote: SocketAddr,
+        local: SocketAddr,
+        transport: Transport,
+    ) -> Rc<Self> {
+        // Small messages must not wait for acknowledgements; a failure only costs time.
+        let _delayed = stream.set_nodelay(true);
+        Rc::new(Self {
+            stream,
+            endpoint,
+            remote,
+            local,
+            transport,
+            queue: RefCell::default(),
+            closing: Cell::new(None),
+            splice: Cell::new(None),
+            dirty: Cell::new(false),
+            congested: Cell::new(false),
+            kick: Notify::new(),
+        })
+    }
+
+    /// Queues bytes; they go out with the next [`Connection::write`]. A peer that lets more than
+    /// `limit` bytes wait is cut off.
+    pub(crate) fn push(&self, bytes: &[u8], limit: usize) -> bool {
+        if self.closing.get().is_some() {
+            return false;
+        }
+        let mut queue = self.queue.borrow_mut();
+        if queue.len() + bytes.len() > limit {
+            drop(queue);
+            self.close(Closing::Reset, CloseCause::Overflow);
+            return false;
+        }
+        queue.bytes.extend_from_slice(bytes);
+        true
+    }
+
+    /// How many bytes wait.
+    pub(crate) fn queued(&self) -> usize {
+        self.queue.borrow().len()
+    }
+
+    /// Writes what the kernel takes now.
+    pub(crate) fn write(&self) -> Progress {
+        self.dirty.set(false);
+        let mut queue = self.queue.borrow_mut();
+        let mut total = 0;
+        while queue.len() > 0 {
+            match self.stream.try_write(&queue.bytes[queue.written..]) {
+                Ok(0) => break,
+                Ok(count) => {
+                    queue.written += count;
+                    total += count;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    queue.bytes.clear();
+                    queue.written = 0;
+                    self.close(Closing::Reset, CloseCause::Reset);
+                    break;
+                }
+            }
+        }
+        if queue.len() == 0 {
+            queue.bytes.clear();
+            queue.written = 0;
+            if self.closing.get().is_some() {
+                self.kick.notify_one();
+            }
+        } else {
+            // The kernel's buffer is full: the task waits for room. What went is cut off the front
+            // once it is the larger part, so that each byte is moved once on average.
+            if queue.written > queue.len() {
+                let written = std::mem::take(&mut queue.written);
+                queue.bytes.drain(..written);
+            }
+            self.kick.notify_one();
+        }
+        Progress { written: total, queued: queue.len() }
+    }
+
+    /// Gives an idle connection's memory back.
+    fn release_memory(&self) {
+        let mut queue = self.queue.borrow_mut();
+        if queue.len() == 0 && queue.bytes.capacity() > QUEUE_KEPT {
+            queue.bytes = Vec::new();
+        }
+    }
+
+    /// Asks the task to close; the first cause stays.
+    pub(crate) fn close(&self, how: Closing, cause: CloseCause) {
+        let cause = self.closing.get().map_or(cause, |(_, first)| first);
+        self.closing.set(Some((how, cause)));
+        self.kick.notify_one();
+    }
+
+    /// Whether it is being closed.
+    pub(crate) fn is_closing(&self) -> bool {
+        self.closing.get().is_some()
+    }
+
+    /// Asks the task to join the flow to a backend.
+    pub(crate) fn splice_to(&self, backend: BackendId, limits: SpliceLimits) {
+        self.splice.set(Some((backend, limits)));
+        self.kick.notify_one();
+    }
+
+    /// The wish of [`Connection::splice_to`], once.
+    pub(crate) fn take_splice(&self) -> Option<(BackendId, SpliceLimits)> {
+        self.splice.take()
+    }
+
+    /// Waits until somebody changed something here.
+    pub(crate) async fn kicked(&self) {
+        self.kick.notified().await;
+    }
+
+    /// Ends the connection as asked; what the cause is.
+    pub(crate) fn finish(&self) -> CloseCause {
+        let (how, cause) = self.closing.get().unwrap_or((Closing::Flushed, CloseCause::Local));
+        if how == Closing::Reset {
+            // A failure means that the other side was first.
+            let _gone = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        }
+        cause
+    }
+}
+
+/// Reads, cuts and writes until the connection ends; why it ended.
+pub(crate) async fn serve<P: Protocol>(host: &Rc<Host<P>>, connection: &Rc<Connection>, idle: Duration) -> CloseCause {
+    let mut reader = Reader::<P>::new(Instant::now());
+    let mut closing_since = None;
+    loop {
+        if let Some((how, _)) = connection.closing.get() {
+            let since = *closing_since.get_or_insert_with(Instant::now);
+            if how == Closing::Reset || connection.queued() == 0 || since.elapsed() > LINGER {
+                return connection.finish();
+            }
+        }
+        let queued = connection.queued();
+        let reading = closing_since.is_none() && queued <= host.queued_bytes_max();
+        let interest = match (reading, queued > 0) {
+            (true, true) => Interest::READABLE | Interest::WRITABLE,
+            (false, true) => Interest::WRITABLE,
+            // Without a wish there is still the hang-up to hear of.
+            (_, false) => Interest::READABLE,
+        };
+        let watch = reading || queued > 0;
+        let deadline = match closing_since {
+            Some(since) => Some(since + LINGER),
+            None => reader.deadline(idle),
+        };
+        tokio::select! {
+            () = connection.kicked() => {}
+            () = host.stopped(), if closing_since.is_none() => connection.close(Closing::Flushed, CloseCause::Shutdown),
+            () = sleep_until(deadline), if deadline.is_some() => {
+                if let Some(cause) = closing_since.is_none().then(|| reader.timed_out(idle)).flatten() {
+                    connection.close(Closing::Reset, cause);
+                }
+            }
+            ready = connection.stream.ready(interest), if watch => {
+                let Ok(ready) = ready else {
+                    connection.close(Closing::Reset, CloseCause::Reset);
+                    continue;
+                };
+                if ready.is_writable() && connection.queued() > 0 {
+                    host.write(connection);
+                }
+                if ready.is_readable() && reading && !connection.is_closing() {
+                    reader.turn(host, connection);
+                    if connection.queued() == 0 {
+                        connection.release_memory();
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The reading side of one connection.
+struct Reader<P: Protocol> {
+    framer: P::Framer,
+    /// What was read and is not yet a whole message. Empty, and without memory, most of the time.
+    partial: Vec<u8>,
+    /// When the message that is awaited began: the connection's start, or its first byte.
+    began: Option<Instant>,
+    last_read: Instant,
+}
+
+impl<P: Protocol> Reader<P> {
+    fn new(now: Instant) -> Self {
+        Self { framer: P::Framer::default(), partial: Vec::new(), began: Some(now), last_read: now }
+    }
+
+    fn deadline(&self, idle: Duration) -> Option<Instant> {
+        let message = self.began.map(|began| began + P::MESSAGE_TIMEOUT);
+        let idle = (!idle.is_zero()).then(|| self.last_read + idle);
+        match (message, idle) {
+            (Some(message), Some(idle)) => Some(message.min(idle)),
+            (message, idle) => message.or(idle),
+        }
+    }
+
+    fn timed_out(&self, idle: Duration) -> Option<CloseCause> {
+        self.deadline(idle).filter(|&deadline| deadline <= Instant::now()).map(|_| CloseCause::Idle)
+    }
+
+    /// Reads once and gives the engine what is whole.
+    fn turn(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>) {
+        let mut scratch = host.scratch.borrow_mut();
+        let count = match connection.stream.try_read(&mut scratch) {
+            Ok(0) => return connection.close(Closing::Flushed, CloseCause::End),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => return connection.close(Closing::Reset, CloseCause::Reset),
+        };
+        let now = Instant::now();
+        self.last_read = now;
+        let result = if self.partial.is_empty() {
+            let result = self.cut(host, connection, &scratch[..count], now);
+            if let Ok(used) = result {
+                self.partial.extend_from_slice(&scratch[used..count]);
+            }
+            result
+        } else {
+            let mut whole = std::mem::take(&mut self.partial);
+            whole.extend_from_slice(&scratch[..count]);
+            let result = self.cut(host, connection, &whole, now);
+            if let Ok(used) = result
+                && used < whole.len()
+            {
+                whole.drain(..used);
+                self.partial = whole;
+            }
+            result
+        };
+        drop(scratch);
+        match result {
+            Ok(0) => self.began = self.began.or(Some(now)),
+            Ok(_) => self.began = (!self.partial.is_empty()).then_some(now),
+            Err(error) => host.lost_framing(connection, &error),
+        }
+    }
+
+    /// Gives the engine all whole messages at the front of `bytes`; how many bytes that were.
+    fn cut(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>, bytes: &[u8], now: Instant) -> Result<usize, FrameError> {
+        let mut used = 0;
+        let mut turn = 0;
+        let result = host.batch(now, |batch| {
+            while used < bytes.len() && !connection.is_closing() {
+                let rest = &bytes[used..];
+                match self.framer.frame(rest)? {
+                    Framing::Message(length) => {
+                        let length = length.get().min(rest.len());
+                        batch.message(connection, &rest[..length]);
+                        used += length;
+                    }
+                    Framing::Skip(length) => used += length.get().min(rest.len()),
+                    Framing::Pong(length, answer) => {
+                        used += length.get().min(rest.len());
+                        batch.answer(connection, answer);
+                    }
+                    Framing::Need(_) => break,
+                }
+                turn += 1;
+                if turn % MESSAGES_PER_TURN == 0 {
+                    batch.settle();
+                }
+            }
+            Ok(())
+        });
+        result.map(|()| used)
+    }
+}

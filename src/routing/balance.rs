@@ -35,7 +35,8 @@ pub fn rendezvous_score(key: u64, pin: Pin, weight: f64) -> f64 {
 /// and slow starts where a hash decides.
 #[must_use]
 pub fn is_in_share(key: u64, pin: Pin, thousandths: u32) -> bool {
-    thousandths >= 1_000 || xxh3_64_with_seed(&key.to_be_bytes(), !pin.0) % 1_000 < u64::from(thousandths)
+    thousandths >= 1_000
+        || xxh3_64_with_seed(&key.to_be_bytes(), !pin.0) % 1_000 < u64::from(thousandths)
 }
 
 /// A Maglev table.
@@ -53,7 +54,8 @@ impl Maglev {
         if heaviest == 0 {
             return Self { table };
         }
-        let mut walks: Vec<Walk> = backends.iter().map(|&(pin, weight)| Walk::new(pin, weight)).collect();
+        let mut walks: Vec<Walk> =
+            backends.iter().map(|&(pin, weight)| Walk::new(pin, weight)).collect();
         let mut filled = 0;
         loop {
             for (index, walk) in walks.iter_mut().enumerate() {
@@ -76,7 +78,11 @@ impl Maglev {
     /// The backend's index for a key. `attempt` counts up when the one before was of no use.
     #[must_use]
     pub fn pick(&self, key: u64, attempt: u32) -> Option<usize> {
-        let hash = if attempt == 0 { key } else { xxh3_64_with_seed(&key.to_le_bytes(), u64::from(attempt)) };
+        let hash = if attempt == 0 {
+            key
+        } else {
+            xxh3_64_with_seed(&key.to_le_bytes(), u64::from(attempt))
+        };
         let index = self.table[(hash % MAGLEV_SIZE as u64) as usize];
         (index != MAGLEV_NONE).then_some(index as usize)
     }
@@ -145,7 +151,8 @@ mod tests {
     }
 
     fn best(key: u64, backends: &[(Pin, f64)]) -> Pin {
-        let scored = backends.iter().map(|&(pin, weight)| (rendezvous_score(key, pin, weight), pin));
+        let scored =
+            backends.iter().map(|&(pin, weight)| (rendezvous_score(key, pin, weight), pin));
         scored.max_by(|one, two| one.0.total_cmp(&two.0)).expect("not empty").1
     }
 
@@ -188,7 +195,12 @@ mod tests {
         // Other nodes and releases must agree, so these may never change.
         let backends: Vec<_> = pins(5).into_iter().map(|pin| (pin, 1.0)).collect();
         let order: Vec<usize> = keys(12)
-            .map(|key| backends.iter().position(|&(pin, _)| pin == best(key, &backends)).expect("one of them"))
+            .map(|key| {
+                backends
+                    .iter()
+                    .position(|&(pin, _)| pin == best(key, &backends))
+                    .expect("one of them")
+            })
             .collect();
         let table = Maglev::new(&backends.iter().map(|&(pin, _)| (pin, 1)).collect::<Vec<_>>());
         let picks: Vec<usize> = keys(12).filter_map(|key| table.pick(key, 0)).collect();
@@ -200,7 +212,11 @@ mod tests {
 
     #[test]
     fn maglev_is_even_weighted_and_steady() {
-        let all: Vec<(Pin, u32)> = pins(300).into_iter().enumerate().map(|(index, pin)| (pin, if index < 10 { 200 } else { 100 })).collect();
+        let all: Vec<(Pin, u32)> = pins(300)
+            .into_iter()
+            .enumerate()
+            .map(|(index, pin)| (pin, if index < 10 { 200 } else { 100 }))
+            .collect();
         let table = Maglev::new(&all);
         let mut counts = vec![0u32; all.len()];
         for place in &table.table {
@@ -209,10 +225,15 @@ mod tests {
         let unit = MAGLEV_SIZE as f64 / 310.0;
         for (index, &count) in counts.iter().enumerate() {
             let expected = if index < 10 { 2.0 * unit } else { unit };
-            assert!((f64::from(count) - expected).abs() <= expected * 0.02 + 2.0, "{count} for {expected}");
+            assert!(
+                (f64::from(count) - expected).abs() <= expected * 0.02 + 2.0,
+                "{count} for {expected}"
+            );
         }
         let fewer = Maglev::new(&all[..299]);
-        let moved = (0..MAGLEV_SIZE).filter(|&place| table.table[place] != 299 && table.table[place] != fewer.table[place]).count();
+        let moved = (0..MAGLEV_SIZE)
+            .filter(|&place| table.table[place] != 299 && table.table[place] != fewer.table[place])
+            .count();
         assert!(moved < MAGLEV_SIZE / 50, "{moved} moved though their backend stayed");
     }
 

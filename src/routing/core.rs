@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use strowger_contract::{BackendId, Class, ClassId, Keyer, Link, Outcome, Pin, SessionKey, TokenKeys, WorkerId};
+use strowger_contract::{
+    BackendId, Class, ClassId, Keyer, Link, Outcome, Pin, SessionKey, TokenKeys, WorkerId,
+};
 
 use super::events::{CoreEvent, Happening, Plan};
 use super::flows::FlowNames;
@@ -133,7 +135,9 @@ impl Core {
 
     /// Milliseconds of the core's clock; never 0.
     pub(super) fn clock(&self, now: Instant) -> u64 {
-        u64::try_from(now.saturating_duration_since(self.start).as_millis()).unwrap_or(u64::MAX).max(1)
+        u64::try_from(now.saturating_duration_since(self.start).as_millis())
+            .unwrap_or(u64::MAX)
+            .max(1)
     }
 
     pub(super) fn seed(&self) -> u64 {
@@ -160,7 +164,11 @@ impl Core {
         self.lives.load().get(&backend).cloned()
     }
 
-    pub(super) fn refresh(&self, snapshot: &mut Arc<Snapshot>, tokens: &mut Arc<TokenKeys>) -> bool {
+    pub(super) fn refresh(
+        &self,
+        snapshot: &mut Arc<Snapshot>,
+        tokens: &mut Arc<TokenKeys>,
+    ) -> bool {
         let newest = self.snapshot.load();
         if Arc::ptr_eq(&newest, snapshot) {
             return false;
@@ -205,13 +213,15 @@ impl Core {
         let now = self.clock(now);
         let mut changes = self.changes();
         let before: HashSet<Identity> = present(&changes.known).cloned().collect();
-        let pools_before: HashSet<String> = changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
+        let pools_before: HashSet<String> =
+            changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
         changes.wanted = wanted;
         changes.note_wanted(now);
         let collisions = self.rebuild(&mut changes, now);
         changes.applied_before = true;
         let after: HashSet<Identity> = present(&changes.known).cloned().collect();
-        let pools_after: HashSet<String> = changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
+        let pools_after: HashSet<String> =
+            changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
         let plan = Plan {
             epoch: changes.epoch,
             backends_added: names(after.difference(&before)),
@@ -236,15 +246,26 @@ impl Core {
         let mut snapshot = Snapshot {
             epoch: changes.epoch,
             node: changes.wanted.node.clone(),
-            classes: if changes.wanted.classes.is_empty() { Class::built_in() } else { changes.wanted.classes.clone() },
+            classes: if changes.wanted.classes.is_empty() {
+                Class::built_in()
+            } else {
+                changes.wanted.classes.clone()
+            },
             listeners: changes.wanted.listeners.clone(),
             ..Snapshot::default()
         };
         let mut collisions = Vec::new();
         let leaving = changes.leaving_by_pool();
         for spec in &changes.wanted.pools {
-            let mut specs: Vec<(BackendSpec, bool)> = spec.backends.iter().map(|backend| (backend.clone(), false)).collect();
-            specs.extend(leaving.get(&spec.name).into_iter().flatten().map(|backend| (backend.clone(), true)));
+            let mut specs: Vec<(BackendSpec, bool)> =
+                spec.backends.iter().map(|backend| (backend.clone(), false)).collect();
+            specs.extend(
+                leaving
+                    .get(&spec.name)
+                    .into_iter()
+                    .flatten()
+                    .map(|backend| (backend.clone(), true)),
+            );
             let id = self.names.id(&spec.name);
             let name: Arc<str> = self.names.name(id).unwrap_or_else(|| spec.name.as_str().into());
             let mut backends = Vec::with_capacity(specs.len());
@@ -281,7 +302,9 @@ impl Core {
             }
             snapshot.pools[place] = Some(Arc::new(pool));
         }
-        self.lives.store(Arc::new(changes.known.values().map(|known| (known.id, Arc::clone(&known.live))).collect()));
+        self.lives.store(Arc::new(
+            changes.known.values().map(|known| (known.id, Arc::clone(&known.live))).collect(),
+        ));
         self.snapshot.store(Arc::new(snapshot));
         collisions
     }
@@ -297,7 +320,11 @@ impl Core {
                 self.review(clock, backend);
             }
             if let Some(on) = pool.review_panic(clock) {
-                self.tell(CoreEvent::of(&snapshot_name(pool, self), None, Happening::PoolPanic { on }));
+                self.tell(CoreEvent::of(
+                    &snapshot_name(pool, self),
+                    None,
+                    Happening::PoolPanic { on },
+                ));
             }
         }
         let mut changes = self.changes();
@@ -323,7 +350,13 @@ impl Core {
     }
 
     /// An active check's result.
-    pub fn probe_result(&self, now: Instant, backend: BackendId, healthy: bool, detail: &'static str) {
+    pub fn probe_result(
+        &self,
+        now: Instant,
+        backend: BackendId,
+        healthy: bool,
+        detail: &'static str,
+    ) {
         let snapshot = self.snapshot.load();
         let Some(backend) = snapshot.backend(backend) else { return };
         let Some(pool) = snapshot.pool(backend.pool) else { return };
@@ -343,7 +376,13 @@ impl Core {
     ///
     /// # Errors
     /// There is no such pool or instance.
-    pub fn drain(&self, now: Instant, pool: &str, id: &str, deadline: Option<Duration>) -> Result<u64, NotFound> {
+    pub fn drain(
+        &self,
+        now: Instant,
+        pool: &str,
+        id: &str,
+        deadline: Option<Duration>,
+    ) -> Result<u64, NotFound> {
         let clock = self.clock(now);
         let snapshot = self.snapshot.load();
         let (pool, backend) = find(&snapshot, pool, id)?;
@@ -375,7 +414,13 @@ impl Core {
         }
     }
 
-    pub(super) fn outcome(&self, now: Instant, snapshot: &Snapshot, backend: BackendId, outcome: Outcome) {
+    pub(super) fn outcome(
+        &self,
+        now: Instant,
+        snapshot: &Snapshot,
+        backend: BackendId,
+        outcome: Outcome,
+    ) {
         let Some(backend) = snapshot.backend(backend) else {
             // It left meanwhile; its live state is kept for its return.
             if let Some(live) = self.live(backend) {
@@ -403,7 +448,13 @@ impl Core {
         self.tell_of(backend, Happening::BackendEjected { for_ms: until - now });
     }
 
-    pub(super) fn link(&self, now: Instant, snapshot: &Snapshot, backend: BackendId, link: Link<'_>) {
+    pub(super) fn link(
+        &self,
+        now: Instant,
+        snapshot: &Snapshot,
+        backend: BackendId,
+        link: Link<'_>,
+    ) {
         let Some(backend) = snapshot.backend(backend) else { return };
         let change = backend.live.link(link);
         // Where links are opened on demand, their coming and going is no event of the backend's.
@@ -435,7 +486,14 @@ impl Core {
         self.table.get(session.keyed, seconds(now)).map(|(backend, _)| backend)
     }
 
-    pub(super) fn learn(&self, now: Instant, session: SessionKey, backend: BackendId, class: ClassId, ttl: Duration) -> Learned {
+    pub(super) fn learn(
+        &self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) -> Learned {
         let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
         self.table.insert(session.keyed, backend, class, seconds(self.clock(now)), ttl)
     }
@@ -456,7 +514,12 @@ impl Changes {
                 let next = &mut self.next_backend;
                 let known = self.known.entry(identity.clone()).or_insert_with(|| {
                     *next += 1;
-                    Known { id: BackendId(*next), live: Arc::new(BackendLive::new(joined)), spec: backend.clone(), left: None }
+                    Known {
+                        id: BackendId(*next),
+                        live: Arc::new(BackendLive::new(joined)),
+                        spec: backend.clone(),
+                        left: None,
+                    }
                 });
                 known.spec = backend.clone();
                 known.left = None;
@@ -474,7 +537,12 @@ impl Changes {
     /// An address that another instance now has: the old one's sessions are dead, and none of them
     /// may reach the newcomer.
     fn supersede(&mut self) {
-        let present: HashSet<_> = self.known.values().filter(|known| known.left.is_none()).map(|known| (known.spec.transport, known.spec.address)).collect();
+        let present: HashSet<_> = self
+            .known
+            .values()
+            .filter(|known| known.left.is_none())
+            .map(|known| (known.spec.transport, known.spec.address))
+            .collect();
         for known in self.known.values_mut().filter(|known| known.left.is_some()) {
             if present.contains(&(known.spec.transport, known.spec.address)) {
                 known.live.set_gone();
@@ -501,12 +569,17 @@ impl Changes {
 
     /// Forgets those whose debounce is over; whether there were any.
     fn forget_left(&mut self, now: u64) -> bool {
-        let debounce: HashMap<&str, u64> =
-            self.wanted.pools.iter().map(|pool| (pool.name.as_str(), pool.debounce.as_millis() as u64)).collect();
+        let debounce: HashMap<&str, u64> = self
+            .wanted
+            .pools
+            .iter()
+            .map(|pool| (pool.name.as_str(), pool.debounce.as_millis() as u64))
+            .collect();
         let mut any = false;
         for ((pool, ..), known) in &mut self.known {
             let wait = debounce.get(pool.as_str()).copied().unwrap_or(0);
-            if known.left.is_some_and(|left| left != FORGOTTEN && now >= left.saturating_add(wait)) {
+            if known.left.is_some_and(|left| left != FORGOTTEN && now >= left.saturating_add(wait))
+            {
                 known.left = Some(FORGOTTEN);
                 known.live.undrain();
                 any = true;
@@ -536,7 +609,11 @@ fn snapshot_name(pool: &Pool, core: &Core) -> String {
     core.pool_names().name(pool.id).map(|name| name.to_string()).unwrap_or_default()
 }
 
-fn find<'a>(snapshot: &'a Snapshot, pool: &str, id: &str) -> Result<(&'a Arc<Pool>, &'a Arc<Backend>), NotFound> {
+fn find<'a>(
+    snapshot: &'a Snapshot,
+    pool: &str,
+    id: &str,
+) -> Result<(&'a Arc<Pool>, &'a Arc<Backend>), NotFound> {
     let pool = snapshot.pools().find(|candidate| candidate.spec.name == pool).ok_or(NotFound)?;
     // The newest generation, of those that are wanted.
     let named = pool.backends().filter(|backend| backend.spec.id == id && !backend.leaving);
@@ -547,4 +624,3 @@ fn find<'a>(snapshot: &'a Snapshot, pool: &str, id: &str) -> Result<(&'a Arc<Poo
 fn seconds(clock: u64) -> u32 {
     (clock / 1_000) as u32
 }
-

@@ -100,7 +100,9 @@ impl CoreEvent {
     pub fn is_bad(&self) -> bool {
         matches!(
             self.what,
-            Happening::BackendDown { .. } | Happening::BackendEjected { .. } | Happening::PoolPanic { on: true }
+            Happening::BackendDown { .. }
+                | Happening::BackendEjected { .. }
+                | Happening::PoolPanic { on: true }
         )
     }
 }

@@ -201,7 +201,9 @@ impl BackendLive {
 
     /// `count` requests ended.
     pub(super) fn end(&self, count: u32) {
-        let _now = self.in_flight.fetch_update(Relaxed, Relaxed, |known| Some(known.saturating_sub(count)));
+        let _now = self
+            .in_flight
+            .fetch_update(Relaxed, Relaxed, |known| Some(known.saturating_sub(count)));
     }
 
     /// How many requests are under way.
@@ -231,7 +233,8 @@ impl BackendLive {
         let new = u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).max(1);
         let old = self.latency_us.load(Relaxed);
         // A lost update of two workers at once only costs one sample.
-        let next = if old == 0 { new } else { old - old / LATENCY_SMOOTHING + new / LATENCY_SMOOTHING };
+        let next =
+            if old == 0 { new } else { old - old / LATENCY_SMOOTHING + new / LATENCY_SMOOTHING };
         self.latency_us.store(next.max(1), Relaxed);
     }
 

@@ -32,8 +32,8 @@ pub use names::PoolNames;
 pub use router::CoreRouter;
 pub use snapshot::{Backend, Pool, Snapshot};
 pub use spec::{
-    BackendSpec, Balance, HealthSpec, InstanceState, ListenerLimits, ListenerSpec, NodeSpec, PoolSpec,
-    Setup, SnapshotSpec,
+    BackendSpec, Balance, HealthSpec, InstanceState, ListenerLimits, ListenerSpec, NodeSpec,
+    PoolSpec, Setup, SnapshotSpec,
 };
 pub use table::{Learned, SessionTable, TableTotals};
 pub use view::{PoolBackendView, PoolView, SessionView, SessionsView};

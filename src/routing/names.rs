@@ -21,7 +21,8 @@ struct Inner {
 impl PoolNames {
     /// The number of a name, new or known.
     pub fn id(&self, name: &str) -> PoolId {
-        let known = self.inner.read().unwrap_or_else(PoisonError::into_inner).ids.get(name).copied();
+        let known =
+            self.inner.read().unwrap_or_else(PoisonError::into_inner).ids.get(name).copied();
         known.unwrap_or_else(|| {
             let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
             if let Some(&id) = inner.ids.get(name) {

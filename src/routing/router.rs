@@ -94,7 +94,9 @@ impl CoreRouter {
 
     /// A token named the instance: it and nobody else has the session.
     fn pinned(&mut self, pin: Pin, query: &Query<'_>) -> Option<Verdict> {
-        let Some(backend) = self.snapshot.pins.get(&pin).filter(|backend| backend.keeps_sessions()).cloned() else {
+        let Some(backend) =
+            self.snapshot.pins.get(&pin).filter(|backend| backend.keeps_sessions()).cloned()
+        else {
             return query.in_session.then_some(Verdict::Refuse(Refusal::SessionLost));
         };
         let reachable = backend.is_linked() && !query.exclude.contains(&backend.id);
@@ -169,25 +171,45 @@ impl CoreRouter {
         pool.groups.iter().find_map(|group| self.choose_in(pool, group, asked, misses))
     }
 
-    fn choose_in(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+    fn choose_in(
+        &mut self,
+        pool: &Pool,
+        group: &Group,
+        asked: &Asked<'_>,
+        misses: &mut Misses,
+    ) -> Option<usize> {
         match pool.spec.balance {
             Balance::Hash => Self::by_hash(pool, group, asked, misses),
             Balance::LeastLoaded => self.by_load(pool, group, asked, misses),
-            Balance::WeightedRandom | Balance::Priority => self.by_chance(pool, group, asked, misses),
+            Balance::WeightedRandom | Balance::Priority => {
+                self.by_chance(pool, group, asked, misses)
+            }
             Balance::RoundRobin => self.in_turn(pool, group, asked, misses),
         }
     }
 
-    fn by_hash(pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+    fn by_hash(
+        pool: &Pool,
+        group: &Group,
+        asked: &Asked<'_>,
+        misses: &mut Misses,
+    ) -> Option<usize> {
         let key = asked.query.session.stable;
         let bound = pool.spec.bounded_load.map(|percent| load_bound(pool, group, percent));
-        let fits = |backend: &Backend| bound.is_none_or(|bound| f64::from(backend.live.in_flight()) < bound * f64::from(backend.spec.weight));
+        let fits = |backend: &Backend| {
+            bound.is_none_or(|bound| {
+                f64::from(backend.live.in_flight()) < bound * f64::from(backend.spec.weight)
+            })
+        };
         if let Some(maglev) = &group.maglev {
             for attempt in 0..ATTEMPTS {
                 let index = group.members[maglev.pick(key, attempt)?];
                 let backend = &pool.backends[index];
                 let ramp = backend.live.ramp(asked.now, pool.spec.slow_start);
-                if asked.takes(backend, misses) && fits(backend) && is_in_share(key, backend.pin, ramp) {
+                if asked.takes(backend, misses)
+                    && fits(backend)
+                    && is_in_share(key, backend.pin, ramp)
+                {
                     return Some(index);
                 }
             }
@@ -208,9 +230,18 @@ impl CoreRouter {
         best.or_else(|| bound.and_then(|_| Self::by_hash_unbounded(pool, group, asked, misses)))
     }
 
-    fn by_hash_unbounded(pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+    fn by_hash_unbounded(
+        pool: &Pool,
+        group: &Group,
+        asked: &Asked<'_>,
+        misses: &mut Misses,
+    ) -> Option<usize> {
         let key = asked.query.session.stable;
-        let takes = group.members.iter().copied().filter(|&index| asked.takes(&pool.backends[index], misses));
+        let takes = group
+            .members
+            .iter()
+            .copied()
+            .filter(|&index| asked.takes(&pool.backends[index], misses));
         let score = |index: usize| {
             let backend = &pool.backends[index];
             rendezvous_score(key, backend.pin, weight_of(pool, backend, asked.now))
@@ -219,7 +250,13 @@ impl CoreRouter {
     }
 
     /// Power of two choices.
-    fn by_load(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+    fn by_load(
+        &mut self,
+        pool: &Pool,
+        group: &Group,
+        asked: &Asked<'_>,
+        misses: &mut Misses,
+    ) -> Option<usize> {
         let mut picks: [Option<usize>; 2] = [None; 2];
         for _ in 0..ATTEMPTS {
             let index = group.members[self.dice.below(group.members.len().max(1) as u64) as usize];
@@ -235,13 +272,23 @@ impl CoreRouter {
             [Some(one), Some(two)] => Some(if cost(two) < cost(one) { two } else { one }),
             // Few are usable: look at them all.
             _ => {
-                let takes = group.members.iter().copied().filter(|&index| asked.takes(&pool.backends[index], misses));
+                let takes = group
+                    .members
+                    .iter()
+                    .copied()
+                    .filter(|&index| asked.takes(&pool.backends[index], misses));
                 takes.min_by(|&one, &two| cost(one).total_cmp(&cost(two)))
             }
         }
     }
 
-    fn by_chance(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+    fn by_chance(
+        &mut self,
+        pool: &Pool,
+        group: &Group,
+        asked: &Asked<'_>,
+        misses: &mut Misses,
+    ) -> Option<usize> {
         // One pass: each takes the lead with its share of the weight so far.
         let (mut chosen, mut total) = (None, 0.0);
         for &index in &group.members {
@@ -260,7 +307,13 @@ impl CoreRouter {
     }
 
     /// Smooth weighted round robin: everybody gains its weight, the richest goes and pays the sum.
-    fn in_turn(&mut self, pool: &Pool, group: &Group, asked: &Asked<'_>, misses: &mut Misses) -> Option<usize> {
+    fn in_turn(
+        &mut self,
+        pool: &Pool,
+        group: &Group,
+        asked: &Asked<'_>,
+        misses: &mut Misses,
+    ) -> Option<usize> {
         let (mut best, mut total) = (None::<(usize, i64)>, 0);
         for &index in &group.members {
             let backend = &pool.backends[index];
@@ -298,19 +351,22 @@ impl Asked<'_> {
             misses.full = true;
             return false;
         }
-        backend.spec.state != InstanceState::Canary || is_in_share(self.query.session.stable, backend.pin, CANARY_SHARE)
+        backend.spec.state != InstanceState::Canary
+            || is_in_share(self.query.session.stable, backend.pin, CANARY_SHARE)
     }
 }
 
 fn weight_of(pool: &Pool, backend: &Backend, now: u64) -> f64 {
-    f64::from(backend.spec.weight) * f64::from(backend.live.ramp(now, pool.spec.slow_start)) / 1_000.0
+    f64::from(backend.spec.weight) * f64::from(backend.live.ramp(now, pool.spec.slow_start))
+        / 1_000.0
 }
 
 /// (in-flight + 1) x latency / weight.
 fn load_cost(pool: &Pool, backend: &Backend, now: u64) -> f64 {
     // One of unknown latency counts as fast, so that it is tried.
     let latency = backend.live.latency_us().max(1_000) as f64;
-    f64::from(backend.live.in_flight().saturating_add(1)) * latency / weight_of(pool, backend, now).max(0.001)
+    f64::from(backend.live.in_flight().saturating_add(1)) * latency
+        / weight_of(pool, backend, now).max(0.001)
 }
 
 /// What a unit of weight may have in flight under a bounded load.
@@ -365,11 +421,22 @@ impl Router for CoreRouter {
         self.core.link(now, &self.snapshot, backend, link);
     }
 
-    fn learn(&mut self, now: Instant, session: SessionKey, backend: BackendId, class: ClassId, ttl: Duration) {
+    fn learn(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) {
         let learned = self.core.learn(now, session, backend, class, ttl);
         debug_assert!(matches!(
             learned,
-            Learned::Created | Learned::Refreshed | Learned::Moved | Learned::Evicted | Learned::Refused
+            Learned::Created
+                | Learned::Refreshed
+                | Learned::Moved
+                | Learned::Evicted
+                | Learned::Refused
         ));
     }
 
@@ -422,7 +489,9 @@ impl Router for CoreRouter {
         let Some(pool) = self.snapshot.pool(pool) else { return };
         for (index, backend) in pool.backends.iter().enumerate() {
             for capability in backend.live.capabilities() {
-                let told = |earlier: &Arc<Backend>| earlier.live.capabilities().any(|known| known == capability);
+                let told = |earlier: &Arc<Backend>| {
+                    earlier.live.capabilities().any(|known| known == capability)
+                };
                 if !pool.backends[..index].iter().any(told) {
                     each(capability);
                 }

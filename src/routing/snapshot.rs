@@ -113,16 +113,24 @@ impl Backend {
 
     /// Whether all its slots are taken.
     pub(super) fn is_full(&self) -> bool {
-        self.live.is_congested() || self.spec.capacity.is_some_and(|capacity| self.live.in_flight() >= capacity)
+        self.live.is_congested()
+            || self.spec.capacity.is_some_and(|capacity| self.live.in_flight() >= capacity)
     }
 }
 
 impl Pool {
-    pub(super) fn new(id: PoolId, spec: PoolSpec, backends: Vec<Arc<Backend>>, live: Arc<PoolLive>) -> Self {
-        let mut priorities: Vec<u16> = backends.iter().map(|backend| backend.spec.priority).collect();
+    pub(super) fn new(
+        id: PoolId,
+        spec: PoolSpec,
+        backends: Vec<Arc<Backend>>,
+        live: Arc<PoolLive>,
+    ) -> Self {
+        let mut priorities: Vec<u16> =
+            backends.iter().map(|backend| backend.spec.priority).collect();
         priorities.sort_unstable();
         priorities.dedup();
-        let groups = priorities.into_iter().map(|priority| Group::new(priority, &backends)).collect();
+        let groups =
+            priorities.into_iter().map(|priority| Group::new(priority, &backends)).collect();
         let named = |(index, backend): (usize, &Arc<Backend>)| {
             let identity = backend.spec.identity.as_ref()?;
             Some((identity_hash(identity.as_bytes()), index))
@@ -148,21 +156,26 @@ impl Pool {
         if let Some(&index) = self.identities.get(&hash) {
             return self.backends.get(index);
         }
-        self.backends.iter().find(|backend| backend.spec.identity.is_none() && backend.live.is_called(hash))
+        self.backends
+            .iter()
+            .find(|backend| backend.spec.identity.is_none() && backend.live.is_called(hash))
     }
 
     /// Whether panic must begin or end; the new state if it changes.
     pub(super) fn review_panic(&self, now: u64) -> Option<bool> {
         let open = || self.backends.iter().filter(|backend| backend.is_open());
         let (all, well) = (open().count(), open().filter(|backend| backend.is_well(now)).count());
-        let panic = all > 0 && well < all && well * 100 < all * usize::from(self.spec.panic_percent);
+        let panic =
+            all > 0 && well < all && well * 100 < all * usize::from(self.spec.panic_percent);
         (self.live.panic.swap(panic, Ordering::Relaxed) != panic).then_some(panic)
     }
 }
 
 impl Group {
     fn new(priority: u16, backends: &[Arc<Backend>]) -> Self {
-        let of_it = |(index, backend): (usize, &Arc<Backend>)| (backend.spec.priority == priority).then_some(index);
+        let of_it = |(index, backend): (usize, &Arc<Backend>)| {
+            (backend.spec.priority == priority).then_some(index)
+        };
         let members: Vec<usize> = backends.iter().enumerate().filter_map(of_it).collect();
         let maglev = (members.len() >= MAGLEV_FROM).then(|| {
             let weights: Vec<(Pin, u32)> = members
@@ -217,7 +230,9 @@ impl Snapshot {
     /// The backends of a pool that a link should be kept to.
     pub fn linkable(&self, pool: PoolId) -> impl Iterator<Item = BackendId> + '_ {
         let backends = self.pool(pool).map(|pool| pool.backends.as_slice()).unwrap_or_default();
-        let wanted = |backend: &&Arc<Backend>| backend.state() != InstanceState::Gone && backend.spec.transport.is_stream();
+        let wanted = |backend: &&Arc<Backend>| {
+            backend.state() != InstanceState::Gone && backend.spec.transport.is_stream()
+        };
         backends.iter().filter(wanted).map(|backend| backend.id)
     }
 }

@@ -95,7 +95,9 @@ impl SessionTable {
         let slots = sessions.max(SHARDS * BUCKET).next_power_of_two();
         let per_shard = slots / SHARDS;
         Self {
-            shards: (0..SHARDS).map(|_| Mutex::new(Shard { slots: vec![Slot::default(); per_shard] })).collect(),
+            shards: (0..SHARDS)
+                .map(|_| Mutex::new(Shard { slots: vec![Slot::default(); per_shard] }))
+                .collect(),
             buckets_per_shard: per_shard / BUCKET,
             counts: SessionCounts::default(),
             swept: AtomicU64::new(0),
@@ -112,15 +114,29 @@ impl SessionTable {
     pub fn get(&self, key: u64, now: u32) -> Option<(BackendId, ClassId)> {
         let fingerprint = key.max(1);
         let shard = self.shard(fingerprint);
-        let slot = self.places(fingerprint).map(|at| shard.slots[at]).find(|slot| slot.fingerprint == fingerprint)?;
+        let slot = self
+            .places(fingerprint)
+            .map(|at| shard.slots[at])
+            .find(|slot| slot.fingerprint == fingerprint)?;
         (!slot.is_expired(now)).then_some((BackendId(slot.backend), ClassId(slot.class())))
     }
 
     /// Notes that a session lives on `backend` for `ttl` seconds from `now`.
-    pub fn insert(&self, key: u64, backend: BackendId, class: ClassId, now: u32, ttl: u32) -> Learned {
+    pub fn insert(
+        &self,
+        key: u64,
+        backend: BackendId,
+        class: ClassId,
+        now: u32,
+        ttl: u32,
+    ) -> Learned {
         let fingerprint = key.max(1);
         let expiry = now.wrapping_add(ttl.clamp(1, TTL_MAX)) & TIME_MASK;
-        let new = Slot { fingerprint, backend: backend.0, expiry_class: expiry << 8 | u32::from(class.0) };
+        let new = Slot {
+            fingerprint,
+            backend: backend.0,
+            expiry_class: expiry << 8 | u32::from(class.0),
+        };
         let mut shard = self.shard(fingerprint);
         let found = self.places(fingerprint).find(|&at| shard.slots[at].fingerprint == fingerprint);
         if let Some(at) = found {
@@ -140,7 +156,8 @@ impl SessionTable {
             return Learned::Created;
         }
         let same_class = self.places(fingerprint).filter(|&at| shard.slots[at].class() == class.0);
-        let oldest = same_class.min_by_key(|&at| shard.slots[at].expiry().wrapping_sub(now) & TIME_MASK);
+        let oldest =
+            same_class.min_by_key(|&at| shard.slots[at].expiry().wrapping_sub(now) & TIME_MASK);
         let Some(at) = oldest else {
             self.refused.fetch_add(1, Relaxed);
             return Learned::Refused;
@@ -259,7 +276,9 @@ impl SessionTable {
             second = first ^ (mask & 1);
         }
         let second = (second != first).then_some(second);
-        std::iter::once(first).chain(second).flat_map(|bucket| bucket * BUCKET..(bucket + 1) * BUCKET)
+        std::iter::once(first)
+            .chain(second)
+            .flat_map(|bucket| bucket * BUCKET..(bucket + 1) * BUCKET)
     }
 }
 
@@ -375,14 +394,20 @@ mod tests {
         let table = SessionTable::new(1 << 12);
         let calls = table.capacity() as u64 / 4;
         for key in 0..calls {
-            assert_ne!(table.insert(spread(key), BackendId(1), ClassId::SETUP, 10, 3_600), Learned::Refused);
+            assert_ne!(
+                table.insert(spread(key), BackendId(1), ClassId::SETUP, 10, 3_600),
+                Learned::Refused
+            );
         }
         let before = table.totals();
         for key in 0..100_000 {
             table.insert(spread(1_000_000 + key), BackendId(2), ClassId::MOBILITY, 10, 3_600);
         }
         let after = table.totals();
-        assert_eq!(after.classes[usize::from(ClassId::SETUP.0)], before.classes[usize::from(ClassId::SETUP.0)]);
+        assert_eq!(
+            after.classes[usize::from(ClassId::SETUP.0)],
+            before.classes[usize::from(ClassId::SETUP.0)]
+        );
         assert!(after.evicted > 0 && after.live <= table.capacity() as u64);
         let kept = (0..calls).filter(|&key| table.get(spread(key), 11).is_some()).count() as u64;
         assert_eq!(kept, before.classes[usize::from(ClassId::SETUP.0)]);

@@ -103,7 +103,8 @@ impl Core {
     #[must_use]
     pub fn pools_view(&self, now: Instant) -> Vec<PoolView> {
         let clock = self.clock(now);
-        let mut pools: Vec<PoolView> = self.snapshot().pools().map(|pool| self.pool_view(pool, clock)).collect();
+        let mut pools: Vec<PoolView> =
+            self.snapshot().pools().map(|pool| self.pool_view(pool, clock)).collect();
         pools.sort_by(|one, two| one.name.cmp(&two.name));
         pools
     }
@@ -113,14 +114,21 @@ impl Core {
             name: pool.spec.name.clone(),
             balance: balance_word(pool.spec.balance),
             panic: pool.is_panicking(),
-            backends: pool.backends().map(|backend| self.backend_view(pool, backend, now)).collect(),
+            backends: pool
+                .backends()
+                .map(|backend| self.backend_view(pool, backend, now))
+                .collect(),
         }
     }
 
     fn backend_view(&self, pool: &Pool, backend: &Backend, now: u64) -> PoolBackendView {
         let live = &backend.live;
         let ramp = live.ramp(now, pool.spec.slow_start);
-        let effective = if backend.is_open() { u64::from(backend.spec.weight) * u64::from(ramp) / 1_000 } else { 0 };
+        let effective = if backend.is_open() {
+            u64::from(backend.spec.weight) * u64::from(ramp) / 1_000
+        } else {
+            0
+        };
         let identity = backend.spec.identity.clone().filter(|_| live.identity().is_empty());
         PoolBackendView {
             id: backend.spec.id.clone(),
@@ -142,7 +150,9 @@ impl Core {
             latency_ms: live.latency_us() as f64 / 1_000.0,
             identity: identity.unwrap_or_else(|| live.identity()),
             link: live.link_word(),
-            drain_remaining_s: live.is_draining().then(|| live.drain_until().saturating_sub(now) / 1_000),
+            drain_remaining_s: live
+                .is_draining()
+                .then(|| live.drain_until().saturating_sub(now) / 1_000),
         }
     }
 

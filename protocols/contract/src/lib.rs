@@ -18,10 +18,12 @@
 //! | [`outbox`] | what an engine wants done |
 //! | [`engine`] | the per-worker state machine of a protocol |
 //! | [`protocol`] | the pluggable unit: options, factory, probes |
+//! | [`duration`] | durations as configurations write them |
 //! | [`wheel`] | timers without a clock |
 #![forbid(unsafe_code)]
 
 pub mod class;
+pub mod duration;
 pub mod engine;
 pub mod framing;
 pub mod ids;
@@ -43,6 +45,6 @@ pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
 pub use protocol::{Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope};
 pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
 pub use router::{BackendView, Link, Router};
-pub use session::{Keyer, SessionKey};
+pub use session::{Keyer, SessionKey, stable_hash};
 pub use token::{Token, TokenKeys};
 pub use wheel::Wheel;

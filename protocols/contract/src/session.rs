@@ -11,6 +11,12 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 /// The seed of the placing hash. Published: nodes of one cluster must agree.
 pub const PLACEMENT_SEED: u64 = 0x5374_726f_7767_6572;
 
+/// The placing hash of `bytes` alone: the same on every node and after every restart.
+#[must_use]
+pub fn stable_hash(bytes: &[u8]) -> u64 {
+    xxh3_64_with_seed(bytes, PLACEMENT_SEED)
+}
+
 /// What identifies a session to the routing core.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SessionKey {

@@ -1,1 +1,74 @@
-//! placeholder
+//! SIP: scan, rewrite, and a transaction-stateful proxy (RFC 3261, 3581, 5658, 6026).
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`scan`], [`uri`], [`via`] | where things are in a message |
+//! | [`frame`] | cuts streams |
+//! | [`branch`] | our signed Via branch |
+//! | `write` | a message as we send it on: all bytes but those that a proxy must change |
+//! | `respond` | answers of our own |
+//! | `target` | where a request goes: Route, token, pool |
+//! | `transaction` | what is under way |
+//! | `engine`, `requests`, `responses`, `timers` | the proxy |
+//! | `probe` | OPTIONS as a health check |
+#![forbid(unsafe_code)]
+
+pub mod branch;
+mod classify;
+mod engine;
+pub mod frame;
+mod local;
+pub mod options;
+mod probe;
+mod requests;
+mod respond;
+mod responses;
+pub mod scan;
+mod target;
+mod timers;
+mod transaction;
+pub mod uri;
+pub mod via;
+mod write;
+
+use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Transport};
+
+pub use engine::SipEngine;
+pub use frame::SipFramer;
+pub use options::{Mode, SipMatch, SipOptions};
+
+/// The space of Call-IDs among session keys.
+pub const SPACE: u8 = 1;
+
+/// The protocol.
+#[derive(Debug)]
+pub struct Sip;
+
+impl Protocol for Sip {
+    const NAME: &'static str = "sip";
+    const TRANSPORTS: &'static [Transport] = &[Transport::Udp, Transport::Tcp];
+    const LINKS: Links = Links::PerWorker;
+    const PROBES: &'static [&'static str] = &["sip-options"];
+    const SESSION_KEYS: &'static [&'static str] = &["call-id", "from", "to", "request-user"];
+
+    type Options = SipOptions;
+    type Match = SipMatch;
+    type Framer = SipFramer;
+    type Engine = SipEngine;
+
+    fn check(scope: &Scope<SipMatch>, options: &SipOptions) -> Vec<OptionsError> {
+        options::check(scope, options)
+    }
+
+    fn engine(context: &Context<'_, Self>) -> SipEngine {
+        SipEngine::new(context)
+    }
+
+    fn reconfigure(engine: &mut SipEngine, context: &Context<'_, Self>) {
+        engine.reconfigure(context);
+    }
+
+    fn probe(name: &str) -> Option<Box<dyn Probe>> {
+        (name == "sip-options").then(|| Box::<probe::OptionsProbe>::default() as Box<dyn Probe>)
+    }
+}

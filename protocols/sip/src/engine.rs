@@ -1,0 +1,190 @@
+//! The proxy of one worker: what comes in goes to requests, responses or timers.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use strowger_contract::{
+    Closing, Context, Endpoint, Engine, Message, Outbox, PeerChange, PoolId, Refusal, Route,
+    Router, Ticket, Transport, Wheel, WorkerId,
+};
+
+use crate::local::Local;
+use crate::options::{Mode, SipMatch, SipOptions};
+use crate::scan::{Scan, Start};
+use crate::transaction::Transactions;
+use crate::uri::Uri;
+use crate::{Sip, responses};
+
+/// What the configuration says.
+pub(crate) struct Settings {
+    pub(crate) options: SipOptions,
+    pub(crate) local: Local,
+    pub(crate) routes: Vec<(SipMatch, PoolId)>,
+    pub(crate) pool: Option<PoolId>,
+    pub(crate) worker: WorkerId,
+    pub(crate) workers: u8,
+}
+
+impl Settings {
+    fn new(context: &Context<'_, Sip>) -> Self {
+        Self {
+            options: context.options.clone(),
+            local: Local::new(context.scope, context.options),
+            routes: context.scope.routes.clone(),
+            pool: context.scope.pool,
+            worker: context.worker,
+            workers: context.workers,
+        }
+    }
+
+    /// The pool that a request falls to: of the first route that matches, else the listener's.
+    pub(crate) fn pool_for(
+        &self,
+        method: &[u8],
+        uri: Option<&Uri<'_>>,
+        transport: &str,
+    ) -> Option<PoolId> {
+        let matching = self.routes.iter().find(|(route, _)| route.matches(method, uri, transport));
+        matching.map(|(_, pool)| *pool).or(self.pool)
+    }
+
+    pub(crate) fn is_stateless(&self) -> bool {
+        self.options.mode == Mode::Stateless
+    }
+
+    /// 64 x T1: Timers B, F, H, J, L, M.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.options.t1.0 * 64
+    }
+
+    /// The endpoint at an address, by the socket that reaches it.
+    pub(crate) fn endpoint(&self, transport: Transport, address: SocketAddr) -> Option<Endpoint> {
+        if transport == Transport::Udp {
+            let socket = self.local.datagram_socket(address.is_ipv6())?;
+            return Some(Endpoint::Datagram { socket, remote: address });
+        }
+        Some(Endpoint::Remote { transport, address })
+    }
+}
+
+/// The proxy of one worker.
+pub struct SipEngine {
+    pub(crate) settings: Settings,
+    pub(crate) transactions: Transactions,
+    pub(crate) wheel: Option<Wheel>,
+    pub(crate) scan: Scan,
+    /// For a second message that is looked at beside the first.
+    pub(crate) other_scan: Scan,
+    pub(crate) scratch: Vec<u8>,
+    due: Vec<u64>,
+}
+
+impl SipEngine {
+    pub(crate) fn new(context: &Context<'_, Sip>) -> Self {
+        let mut transactions = Transactions::default();
+        transactions.seed(context.seed);
+        Self {
+            settings: Settings::new(context),
+            transactions,
+            wheel: None,
+            scan: Scan::default(),
+            other_scan: Scan::default(),
+            scratch: Vec::new(),
+            due: Vec::new(),
+        }
+    }
+
+    pub(crate) fn reconfigure(&mut self, context: &Context<'_, Sip>) {
+        self.settings = Settings::new(context);
+    }
+
+    /// Lets the wheel look at a transaction when something is next due for it.
+    pub(crate) fn schedule(&mut self, now: Instant, slot: u32) {
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        let Some(next) = transaction.next_wake() else { return };
+        // One that wakes earlier looks again by itself.
+        if transaction.wakes_at.is_some_and(|wakes| wakes <= next) {
+            return;
+        }
+        transaction.wakes_at = Some(next);
+        let key = u64::from(slot) << 32 | u64::from(transaction.generation);
+        self.wheel.get_or_insert_with(|| Wheel::new(now)).insert(next, key);
+    }
+}
+
+impl Engine for SipEngine {
+    fn on_message(
+        &mut self,
+        now: Instant,
+        message: Message<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let mut scan = std::mem::take(&mut self.scan);
+        let result = scan.scan(message.bytes);
+        match (result, scan.start) {
+            (Ok(()), Start::Response { code }) => {
+                responses::on_response(self, now, &message, &scan, code, router, out)
+            }
+            (result, Start::Request { .. }) if scan.headers_at > 0 => {
+                self.on_request(now, &message, &scan, result.err(), router, out);
+            }
+            _ => out.drop_message("malformed"),
+        }
+        self.scan = scan;
+    }
+
+    fn on_granted(&mut self, _: Instant, _: Ticket, _: Route, _: &mut dyn Router, _: &mut Outbox) {}
+
+    fn on_refused(
+        &mut self,
+        _: Instant,
+        _: Ticket,
+        _: Refusal,
+        _: &mut dyn Router,
+        _: &mut Outbox,
+    ) {
+    }
+
+    fn on_peer(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        change: PeerChange,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        match change {
+            PeerChange::Closed(cause) => {
+                for slot in self.transactions.waiting_on(peer) {
+                    self.on_lost(now, slot, cause, router, out);
+                }
+            }
+            PeerChange::Retired => out.close(peer, Closing::Flushed),
+            PeerChange::Opened { .. } | PeerChange::Joined(_) | PeerChange::JoinFailed(..) => {}
+        }
+    }
+
+    fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {
+        let mut due = std::mem::take(&mut self.due);
+        if let Some(wheel) = &mut self.wheel {
+            wheel.advance(now, |key| due.push(key));
+        }
+        for key in due.drain(..) {
+            self.on_wake(now, (key >> 32) as u32, key as u32, router, out);
+        }
+        self.due = due;
+    }
+
+    fn next_timeout(&self) -> Option<Instant> {
+        self.wheel.as_ref().and_then(Wheel::next)
+    }
+
+    fn on_drain(&mut self, _: Instant, _: &mut dyn Router, _: &mut Outbox) {
+        // SIP has no word for leaving; the router refuses what is new.
+    }
+
+    fn in_progress(&self) -> usize {
+        self.transactions.len()
+    }
+}

@@ -1,0 +1,195 @@
+//! Where a request goes (RFC 3261 16.4 to 16.6): our own Route values and their token, the next
+//! Route, the Request-URI, or a pool.
+
+use std::net::SocketAddr;
+
+use strowger_contract::{Endpoint, Message, Pin, PoolId, Router, Transport, stable_hash};
+
+use crate::engine::Settings;
+use crate::scan::{Name, Scan};
+use crate::uri::{Uri, tag};
+use crate::write::{all_values, route_uri};
+
+/// Where a request goes, and what that does to its Route and Request-URI.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target<'a> {
+    pub(crate) hop: Hop,
+    /// Route values of ours to take off.
+    pub(crate) pop_routes: usize,
+    /// A new Request-URI.
+    pub(crate) uri: Option<&'a [u8]>,
+    pub(crate) drop_last_route: bool,
+    pub(crate) add_route: Option<&'a [u8]>,
+    /// For the Record-Route token: whether the dialog was begun by a backend.
+    pub(crate) begun_by_backend: bool,
+}
+
+/// The next hop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hop {
+    /// A backend of the pool; `pin` if a token names it.
+    Backend { pool: PoolId, pin: Option<Pin>, in_session: bool },
+    /// An address: the client's side of a dialog, or what a backend wants reached. `pin` is the
+    /// instance whose dialog it is.
+    Address { transport: Transport, address: SocketAddr, pin: Option<Pin> },
+    /// There is none.
+    Nowhere(u16, &'static str),
+}
+
+/// What binds a token to a dialog: its Call-ID and the tag of the side that began it.
+pub(crate) fn dialog_binding(call_id: u64, initiator_tag: &[u8]) -> u64 {
+    call_id ^ stable_hash(initiator_tag).rotate_left(17)
+}
+
+/// The mark of a token whose dialog was begun by a backend.
+pub(crate) const MARK_BACKEND: u8 = 1;
+
+struct Side {
+    pin: Pin,
+    to_backend: bool,
+    begun_by_backend: bool,
+}
+
+/// Decides.
+pub(crate) fn target<'a>(
+    settings: &Settings,
+    message: &Message<'a>,
+    scan: &'a Scan,
+    method: &[u8],
+    uri: &'a [u8],
+    call_id: u64,
+    router: &dyn Router,
+) -> Target<'a> {
+    let bytes = message.bytes;
+    let parsed = Uri::parse(uri);
+    let mut target = Target {
+        hop: Hop::Nowhere(500, ""),
+        pop_routes: 0,
+        uri: None,
+        drop_last_route: false,
+        add_route: None,
+        begun_by_backend: false,
+    };
+    let mut token = None;
+    // 16.4: a strict router before us put our Record-Route into the Request-URI.
+    let ours = |uri: &Uri<'_>| settings.local.is_ours(uri.host, uri.port);
+    let mut request_uri = uri;
+    if parsed.is_some_and(|uri| ours(&uri) && uri.user.is_some_and(is_token_like))
+        && let Some(last) = all_values(bytes, scan, Name::Route).last().and_then(route_uri)
+    {
+        token = parsed.and_then(|uri| uri.user);
+        request_uri = last;
+        target.uri = Some(last);
+        target.drop_last_route = true;
+    }
+    let routes = all_values(bytes, scan, Name::Route).count() - usize::from(target.drop_last_route);
+    let mut next = None;
+    for value in all_values(bytes, scan, Name::Route).take(routes) {
+        let uri = route_uri(value);
+        let parsed = uri.and_then(Uri::parse);
+        if let Some(route) = parsed.filter(ours) {
+            token = token.or(route.user);
+            target.pop_routes += 1;
+        } else {
+            next = uri;
+            break;
+        }
+    }
+    let side = token.and_then(|token| side(bytes, scan, token, call_id, router));
+    let source = source_backend(message, router);
+    target.begun_by_backend = side.as_ref().map_or(source.is_some(), |side| side.begun_by_backend);
+    let in_dialog = scan.value(bytes, Name::To).and_then(tag).is_some();
+    let chosen =
+        settings.pool_for(method, Uri::parse(request_uri).as_ref(), message.transport.scheme());
+    if let Some(side) = &side
+        && side.to_backend
+    {
+        let pool = router
+            .resolve(side.pin)
+            .and_then(|backend| router.backend(backend))
+            .map(|view| view.pool);
+        let pool = pool.or(chosen).unwrap_or(PoolId(u32::MAX));
+        target.hop = Hop::Backend { pool, pin: Some(side.pin), in_session: true };
+        return target;
+    }
+    let from_backend = side.is_some() || source.is_some();
+    if !from_backend {
+        target.hop = match chosen {
+            Some(pool) => Hop::Backend { pool, pin: None, in_session: in_dialog },
+            None => Hop::Nowhere(404, "No Route For This Request"),
+        };
+        return target;
+    }
+    let pin = side.map(|side| side.pin).or(source);
+    towards_address(settings, &mut target, next, request_uri, pin, chosen);
+    target
+}
+
+/// A backend's own request, or one of the answering side of a dialog: it goes where it says.
+fn towards_address<'a>(
+    settings: &Settings,
+    target: &mut Target<'a>,
+    next: Option<&'a [u8]>,
+    request_uri: &'a [u8],
+    pin: Option<Pin>,
+    pool: Option<PoolId>,
+) {
+    let hop = next.unwrap_or(request_uri);
+    let Some(uri) = Uri::parse(hop) else {
+        target.hop = Hop::Nowhere(416, "Unsupported URI Scheme");
+        return;
+    };
+    if next.is_some() && !uri.is_loose() {
+        // 16.6 step 6: the next hop routes strictly.
+        target.add_route = Some(request_uri);
+        target.uri = Some(hop);
+        target.pop_routes += 1;
+    }
+    let transport = uri.transport();
+    target.hop = match uri.address() {
+        _ if settings.local.is_ours(uri.host, uri.port) => match pool {
+            Some(pool) => Hop::Backend { pool, pin: None, in_session: false },
+            None => Hop::Nowhere(404, "No Route For This Request"),
+        },
+        Some(address) if matches!(transport, Transport::Udp | Transport::Tcp) => {
+            Hop::Address { transport, address, pin }
+        }
+        Some(_) => Hop::Nowhere(500, "Transport Of The Next Hop Not Supported"),
+        None => Hop::Nowhere(500, "Next Hop Is A Host Name"),
+    };
+}
+
+fn is_token_like(user: &[u8]) -> bool {
+    user.len() == strowger_contract::token::TOKEN_BYTES
+}
+
+/// Which side of its dialog a request comes from: the token is bound to the tag of the side that
+/// began it, and that tag is in From or in To.
+fn side(
+    message: &[u8],
+    scan: &Scan,
+    token: &[u8],
+    call_id: u64,
+    router: &dyn Router,
+) -> Option<Side> {
+    let tag_of = |name| scan.value(message, name).and_then(tag);
+    let from = tag_of(Name::From).unwrap_or_default();
+    let (pin, mark, by_initiator) = match router.unseal(token, dialog_binding(call_id, from)) {
+        Some((pin, mark)) => (pin, mark, true),
+        None => {
+            let (pin, mark) = router.unseal(token, dialog_binding(call_id, tag_of(Name::To)?))?;
+            (pin, mark, false)
+        }
+    };
+    let begun_by_backend = mark & MARK_BACKEND != 0;
+    Some(Side { pin, to_backend: by_initiator != begun_by_backend, begun_by_backend })
+}
+
+/// The backend that a message comes from, if it comes from one.
+fn source_backend(message: &Message<'_>, router: &dyn Router) -> Option<Pin> {
+    let backend = match message.from {
+        Endpoint::Backend(backend) => backend,
+        _ => router.backend_at(message.remote)?,
+    };
+    router.backend(backend).map(|view| view.pin)
+}

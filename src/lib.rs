@@ -21,4 +21,6 @@
 //! | [`edge`] | puts them together: one running edge |
 //! | [`demo`] | sample workloads and traffic on loopback |
 
+pub mod observe;
 pub mod routing;
+pub mod runtime;

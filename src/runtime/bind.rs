@@ -47,12 +47,20 @@ fn bind_one(local: &LocalSocket, reuse_port: bool) -> io::Result<BoundSocket> {
         }
         other => Err(io::Error::new(
             io::ErrorKind::Unsupported,
-            format!("{}:// is not supported in this version; udp:// and tcp:// are", other.scheme()),
+            format!(
+                "{}:// is not supported in this version; udp:// and tcp:// are",
+                other.scheme()
+            ),
         )),
     }
 }
 
-fn new_socket(address: SocketAddr, kind: Type, protocol: Protocol, reuse_port: bool) -> io::Result<Socket> {
+fn new_socket(
+    address: SocketAddr,
+    kind: Type,
+    protocol: Protocol,
+    reuse_port: bool,
+) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
     if address.is_ipv6() {
@@ -92,7 +100,8 @@ mod tests {
     fn an_address_that_another_has_is_refused_even_if_it_would_share() {
         for transport in [Transport::Udp, Transport::Tcp] {
             for any in ["127.0.0.1:0", "[::1]:0"] {
-                let first = bind(&local(transport, any.parse().expect("an address")), 1).expect("free");
+                let first =
+                    bind(&local(transport, any.parse().expect("an address")), 1).expect("free");
                 let taken = first[0].local_addr().expect("bound");
                 let error = bind(&local(transport, taken), 2).expect_err("in use");
                 assert_eq!(error.kind(), io::ErrorKind::AddrInUse);

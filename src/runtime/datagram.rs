@@ -150,7 +150,8 @@ impl DatagramPort {
             match result {
                 Ok(count) => {
                     sent.messages += count as u64;
-                    sent.bytes += rest[..count].iter().map(|(_, range)| range.len() as u64).sum::<u64>();
+                    sent.bytes +=
+                        rest[..count].iter().map(|(_, range)| range.len() as u64).sum::<u64>();
                     done += count;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,

@@ -91,20 +91,35 @@ impl Fleet {
         seed: u64,
         started: u32,
     ) -> io::Result<Self> {
-        let workers =
-            (0..count).map(|index| Worker::new(WorkerId(index), &metrics, &events)).collect::<io::Result<Vec<_>>>()?;
-        let launchers = launchers.into_iter().map(|launch| (launch.name(), Arc::from(launch))).collect();
-        Ok(Self { workers, listeners: HashMap::new(), launchers, core, metrics, events, seed, started, serial: 0 })
+        let workers = (0..count)
+            .map(|index| Worker::new(WorkerId(index), &metrics, &events))
+            .collect::<io::Result<Vec<_>>>()?;
+        let launchers =
+            launchers.into_iter().map(|launch| (launch.name(), Arc::from(launch))).collect();
+        Ok(Self {
+            workers,
+            listeners: HashMap::new(),
+            launchers,
+            core,
+            metrics,
+            events,
+            seed,
+            started,
+            serial: 0,
+        })
     }
 
     /// Binds what is new in `wanted`. What cannot be bound is left out and named; a listener of
     /// that name that runs goes on as it is.
     #[must_use]
     pub fn prepare(&self, wanted: &[Arc<ListenerSpec>]) -> Prepared {
-        let mut prepared = Prepared { wanted: Vec::new(), bound: HashMap::new(), failed: Vec::new() };
+        let mut prepared =
+            Prepared { wanted: Vec::new(), bound: HashMap::new(), failed: Vec::new() };
         for spec in wanted {
             let running = self.listeners.get(&spec.name);
-            if running.is_some_and(|running| running.spec.sockets == spec.sockets && running.spec.protocol == spec.protocol) {
+            if running.is_some_and(|running| {
+                running.spec.sockets == spec.sockets && running.spec.protocol == spec.protocol
+            }) {
                 prepared.wanted.push(Arc::clone(spec));
                 continue;
             }
@@ -132,15 +147,26 @@ impl Fleet {
             }
             let bound = bind(socket, self.workers.len());
             let bound = bound.map(|sockets| sockets.into_iter().map(Arc::new).collect());
-            bound.map_err(|error| BindFailure { listener: spec.name.clone(), socket: socket.clone(), error })
+            bound.map_err(|error| BindFailure {
+                listener: spec.name.clone(),
+                socket: socket.clone(),
+                error,
+            })
         };
         spec.sockets.iter().map(bind_one).collect()
     }
 
     fn sockets_at(&self, wanted: &LocalSocket) -> Option<Vec<Arc<BoundSocket>>> {
         self.listeners.values().find_map(|listener| {
-            let same = |socket: &LocalSocket| socket.transport == wanted.transport && socket.address == wanted.address;
-            let index = listener.spec.sockets.iter().position(same).filter(|_| wanted.address.port() != 0)?;
+            let same = |socket: &LocalSocket| {
+                socket.transport == wanted.transport && socket.address == wanted.address
+            };
+            let index = listener
+                .spec
+                .sockets
+                .iter()
+                .position(same)
+                .filter(|_| wanted.address.port() != 0)?;
             Some(listener.sockets[index].clone())
         })
     }
@@ -148,8 +174,12 @@ impl Fleet {
     /// Starts, reconfigures and closes listeners as prepared.
     pub fn commit(&mut self, prepared: Prepared) {
         let Prepared { wanted, mut bound, .. } = prepared;
-        let gone: Vec<String> =
-            self.listeners.keys().filter(|name| !wanted.iter().any(|spec| spec.name == **name)).cloned().collect();
+        let gone: Vec<String> = self
+            .listeners
+            .keys()
+            .filter(|name| !wanted.iter().any(|spec| spec.name == **name))
+            .cloned()
+            .collect();
         for spec in wanted {
             match bound.remove(&spec.name) {
                 Some(sockets) => {

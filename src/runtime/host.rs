@@ -14,8 +14,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Command, Context, Endpoint, Engine, FlowId, FrameError,
-    Frame, Message, Outbox, PeerChange, Protocol, Router, Transport, WorkerId,
+    BackendId, CloseCause, Closing, Command, Context, Endpoint, Engine, FlowId, Frame, FrameError,
+    Message, Outbox, PeerChange, Protocol, Router, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -178,7 +178,11 @@ impl<P: Protocol> Host<P> {
     }
 
     /// Opens a batch: the engine is called any number of times, then its wishes are carried out.
-    pub(crate) fn batch<R>(self: &Rc<Self>, now: Instant, work: impl FnOnce(&mut Batch<'_, P>) -> R) -> R {
+    pub(crate) fn batch<R>(
+        self: &Rc<Self>,
+        now: Instant,
+        work: impl FnOnce(&mut Batch<'_, P>) -> R,
+    ) -> R {
         let mut state = self.cell.borrow_mut();
         state.router.refresh();
         let mut batch = Batch { host: self, state: &mut state, now };
@@ -186,7 +190,8 @@ impl<P: Protocol> Host<P> {
         batch.settle();
         self.rearm(&state);
         let dials = std::mem::take(&mut state.dials);
-        self.shared.in_progress[usize::from(self.worker.0)].store(state.engine.in_progress(), Ordering::Relaxed);
+        self.shared.in_progress[usize::from(self.worker.0)]
+            .store(state.engine.in_progress(), Ordering::Relaxed);
         drop(state);
         for dial in dials {
             super::link::dial(self, dial);
@@ -221,7 +226,12 @@ impl<P: Protocol> Host<P> {
     }
 
     /// Takes an accepted connection in and serves it until it ends.
-    pub(crate) async fn accept(self: Rc<Self>, stream: tokio::net::TcpStream, remote: SocketAddr, transport: Transport) {
+    pub(crate) async fn accept(
+        self: Rc<Self>,
+        stream: tokio::net::TcpStream,
+        remote: SocketAddr,
+        transport: Transport,
+    ) {
         let Ok(local) = stream.local_addr() else { return };
         let (flow, connection) = self.adopt(stream, remote, local, transport);
         self.tell(Endpoint::Client(flow), PeerChange::Opened { remote, local, transport });
@@ -252,7 +262,12 @@ impl<P: Protocol> Host<P> {
     }
 
     /// Takes a flow out and tells the engine.
-    pub(crate) fn release(self: &Rc<Self>, flow: FlowId, connection: &Rc<Connection>, cause: CloseCause) {
+    pub(crate) fn release(
+        self: &Rc<Self>,
+        flow: FlowId,
+        connection: &Rc<Connection>,
+        cause: CloseCause,
+    ) {
         {
             let mut state = self.cell.borrow_mut();
             state.flows.remove(flow);
@@ -275,7 +290,12 @@ impl<P: Protocol> Host<P> {
     }
 
     /// A remote could not be dialed.
-    pub(crate) fn not_dialed(self: &Rc<Self>, transport: Transport, address: SocketAddr, cause: CloseCause) {
+    pub(crate) fn not_dialed(
+        self: &Rc<Self>,
+        transport: Transport,
+        address: SocketAddr,
+        cause: CloseCause,
+    ) {
         self.cell.borrow_mut().dialing.remove(&(transport, address));
         self.tell(Endpoint::Remote { transport, address }, PeerChange::Closed(cause));
     }
@@ -283,7 +303,8 @@ impl<P: Protocol> Host<P> {
     /// A stream can no longer be cut.
     pub(crate) fn lost_framing(&self, connection: &Rc<Connection>, error: &FrameError) {
         connection.close(Closing::Flushed, CloseCause::Framing);
-        self.shared.event(NodeEvent::Framing { remote: connection.remote, detail: error.to_string() });
+        self.shared
+            .event(NodeEvent::Framing { remote: connection.remote, detail: error.to_string() });
     }
 
     /// Works through what other workers sent.
@@ -302,7 +323,8 @@ impl<P: Protocol> Host<P> {
             batch.state.spec = Arc::clone(spec);
             batch.state.setup = setup;
             let setup = Arc::clone(&batch.state.setup);
-            let context = context(batch.host.worker, &batch.host.shared, &setup, batch.state.restarts);
+            let context =
+                context(batch.host.worker, &batch.host.shared, &setup, batch.state.restarts);
             batch.guard(|state, _, _| P::reconfigure(&mut state.engine, &context));
         });
     }
@@ -326,7 +348,9 @@ impl<P: Protocol> Host<P> {
                     }
                     self.armed.set(None);
                     self.batch(Instant::now(), |batch| {
-                        batch.guard(|state, now, out| state.engine.on_timeout(now, &mut state.router, out));
+                        batch.guard(|state, now, out| {
+                            state.engine.on_timeout(now, &mut state.router, out)
+                        });
                     });
                 }
             }
@@ -353,10 +377,23 @@ impl<P: Protocol> Host<P> {
     }
 }
 
-fn context<'a, P: Protocol>(worker: WorkerId, shared: &'a Shared, setup: &'a Setup<P>, restarts: u64) -> Context<'a, P> {
+fn context<'a, P: Protocol>(
+    worker: WorkerId,
+    shared: &'a Shared,
+    setup: &'a Setup<P>,
+    restarts: u64,
+) -> Context<'a, P> {
     // A restarted engine must not repeat its predecessor's branches and identifiers.
-    let seed = shared.seed ^ restarts.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(worker.0) << 48;
-    Context { worker, workers: shared.workers, seed, started: shared.started, scope: &setup.scope, options: &setup.options }
+    let seed =
+        shared.seed ^ restarts.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(worker.0) << 48;
+    Context {
+        worker,
+        workers: shared.workers,
+        seed,
+        started: shared.started,
+        scope: &setup.scope,
+        options: &setup.options,
+    }
 }
 
 /// Engine calls whose wishes are carried out together.
@@ -383,8 +420,14 @@ impl<P: Protocol> Batch<'_, P> {
     /// A datagram.
     pub(crate) fn datagram(&mut self, port: &DatagramPort, remote: SocketAddr, bytes: &[u8]) {
         let from = Endpoint::Datagram { socket: port.index, remote };
-        let message =
-            Message { from, transport: Transport::Udp, remote, local: port.local, arrived: self.now, bytes };
+        let message = Message {
+            from,
+            transport: Transport::Udp,
+            remote,
+            local: port.local,
+            arrived: self.now,
+            bytes,
+        };
         self.receive(message);
     }
 
@@ -405,7 +448,9 @@ impl<P: Protocol> Batch<'_, P> {
 
     /// A change of a peer.
     pub(crate) fn tell(&mut self, peer: Endpoint, change: PeerChange) {
-        self.guard(|state, now, out| state.engine.on_peer(now, peer, change, &mut state.router, out));
+        self.guard(|state, now, out| {
+            state.engine.on_peer(now, peer, change, &mut state.router, out)
+        });
     }
 
     fn mail(&mut self, mail: &Mail, arena: &[u8]) {
@@ -419,9 +464,13 @@ impl<P: Protocol> Batch<'_, P> {
                     arrived: *arrived,
                     bytes: &arena[bytes.clone()],
                 };
-                self.guard(|state, now, out| state.engine.on_message(now, message, &mut state.router, out));
+                self.guard(|state, now, out| {
+                    state.engine.on_message(now, message, &mut state.router, out)
+                });
             }
-            Mail::Send { to, sender, bytes, .. } => self.deliver(*to, &arena[bytes.clone()], *sender),
+            Mail::Send { to, sender, bytes, .. } => {
+                self.deliver(*to, &arena[bytes.clone()], *sender)
+            }
             Mail::Peer(peer, change) => self.tell(*peer, *change),
             Mail::Close(peer, how) => self.close(*peer, *how),
         }
@@ -442,7 +491,8 @@ impl<P: Protocol> Batch<'_, P> {
     fn replace_engine(&mut self) {
         let state = &mut *self.state;
         state.restarts += 1;
-        state.engine = P::engine(&context(self.host.worker, &self.host.shared, &state.setup, state.restarts));
+        state.engine =
+            P::engine(&context(self.host.worker, &self.host.shared, &state.setup, state.restarts));
         state.router.abandon_all(self.now);
         state.out.clear();
         state.news.clear();
@@ -485,8 +535,16 @@ impl<P: Protocol> Batch<'_, P> {
         match command {
             Command::Send(frame) => self.send(frame, out),
             Command::HandOver { to, from, transport, remote, local, arrived, bytes } => {
-                let (from, transport, remote, local, arrived) = (*from, *transport, *remote, *local, *arrived);
-                self.post(*to, out.bytes(bytes), |bytes| Mail::Message { from, transport, remote, local, arrived, bytes });
+                let (from, transport, remote, local, arrived) =
+                    (*from, *transport, *remote, *local, *arrived);
+                self.post(*to, out.bytes(bytes), |bytes| Mail::Message {
+                    from,
+                    transport,
+                    remote,
+                    local,
+                    arrived,
+                    bytes,
+                });
             }
             Command::Close(peer, how) => self.close(*peer, *how),
             Command::Splice(flow, backend, limits) => {
@@ -505,8 +563,13 @@ impl<P: Protocol> Batch<'_, P> {
                     None => self.state.metrics.send_failed("no_socket"),
                 }
             }
-            Endpoint::Client(flow) if flow.worker() != self.host.worker => self.send_afar(flow.worker(), frame, out),
-            Endpoint::Backend(backend) if self.host.shared.owner(P::LINKS, backend, self.host.worker) != self.host.worker => {
+            Endpoint::Client(flow) if flow.worker() != self.host.worker => {
+                self.send_afar(flow.worker(), frame, out)
+            }
+            Endpoint::Backend(backend)
+                if self.host.shared.owner(P::LINKS, backend, self.host.worker)
+                    != self.host.worker =>
+            {
                 let owner = self.host.shared.owner(P::LINKS, backend, self.host.worker);
                 self.send_afar(owner, frame, out);
             }
@@ -519,8 +582,18 @@ impl<P: Protocol> Batch<'_, P> {
         self.post(to, out.bytes(&frame.bytes), |bytes| Mail::Send { to: endpoint, sender, bytes });
     }
 
-    fn post(&mut self, to: WorkerId, bytes: &[u8], mail: impl FnOnce(std::ops::Range<usize>) -> Mail) {
-        let taken = self.host.shared.mailboxes.get(usize::from(to.0)).is_some_and(|mailbox| mailbox.put(bytes, mail));
+    fn post(
+        &mut self,
+        to: WorkerId,
+        bytes: &[u8],
+        mail: impl FnOnce(std::ops::Range<usize>) -> Mail,
+    ) {
+        let taken = self
+            .host
+            .shared
+            .mailboxes
+            .get(usize::from(to.0))
+            .is_some_and(|mailbox| mailbox.put(bytes, mail));
         if taken {
             self.state.metrics.handed_over(1);
         } else {
@@ -536,7 +609,9 @@ impl<P: Protocol> Batch<'_, P> {
                 None => self.state.metrics.send_failed("flow_gone"),
             },
             Endpoint::Backend(backend) => self.deliver_to_backend(backend, bytes, sender),
-            Endpoint::Remote { transport, address } => self.deliver_to_remote(transport, address, bytes),
+            Endpoint::Remote { transport, address } => {
+                self.deliver_to_remote(transport, address, bytes)
+            }
             Endpoint::Datagram { .. } => self.state.metrics.send_failed("not_a_stream"),
         }
     }
@@ -562,7 +637,9 @@ impl<P: Protocol> Batch<'_, P> {
 
     fn deliver_to_remote(&mut self, transport: Transport, address: SocketAddr, bytes: &[u8]) {
         let key = (transport, address);
-        if let Some(connection) = self.state.remotes.get(&key).filter(|known| !known.is_closing()).cloned() {
+        if let Some(connection) =
+            self.state.remotes.get(&key).filter(|known| !known.is_closing()).cloned()
+        {
             return self.push(&connection, bytes);
         }
         let limit = self.host.queued_bytes_max.get();
@@ -602,7 +679,9 @@ impl<P: Protocol> Batch<'_, P> {
                 }
                 self.state.links.open(backend)
             }
-            Endpoint::Remote { transport, address } => self.state.remotes.get(&(transport, address)).cloned(),
+            Endpoint::Remote { transport, address } => {
+                self.state.remotes.get(&(transport, address)).cloned()
+            }
             Endpoint::Datagram { .. } => None,
         };
         if let Some(connection) = connection {

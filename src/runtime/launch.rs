@@ -143,13 +143,18 @@ fn setup_of<P: Protocol>(setup: &Arc<dyn Any + Send + Sync>) -> Option<Arc<Setup
 
 fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     let Some(setup) = setup_of::<P>(&place.spec.setup) else {
-        return Err(io::Error::other(format!("listener {} was set up for another protocol", place.spec.name)));
+        return Err(io::Error::other(format!(
+            "listener {} was set up for another protocol",
+            place.spec.name
+        )));
     };
     let mut ports = Vec::new();
     let mut streams = Vec::new();
     for (index, socket) in place.sockets.into_iter().enumerate() {
         match socket {
-            BoundSocket::Datagram(socket) => ports.push(Some(Rc::new(DatagramPort::new(socket, index as u16)?))),
+            BoundSocket::Datagram(socket) => {
+                ports.push(Some(Rc::new(DatagramPort::new(socket, index as u16)?)))
+            }
             BoundSocket::Stream(socket, transport) => {
                 ports.push(None);
                 streams.push((TcpListener::from_std(socket)?, transport));
@@ -176,7 +181,10 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
 }
 
 /// Runs a task of the listener until the listener stops.
-fn spawn<P: Protocol>(host: &Rc<Host<P>>, task: impl Future<Output = ()> + 'static) -> JoinHandle<()> {
+fn spawn<P: Protocol>(
+    host: &Rc<Host<P>>,
+    task: impl Future<Output = ()> + 'static,
+) -> JoinHandle<()> {
     let stop = host.stop.clone();
     tokio::task::spawn_local(async move {
         tokio::select! {
@@ -264,11 +272,18 @@ async fn accept<P: Protocol>(host: Rc<Host<P>>, listener: TcpListener, transport
 fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(
         error.kind(),
-        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+        io::ErrorKind::ConnectionAborted
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::Interrupted
     )
 }
 
-fn take_in<P: Protocol>(host: &Rc<Host<P>>, stream: TcpStream, remote: std::net::SocketAddr, transport: Transport) {
+fn take_in<P: Protocol>(
+    host: &Rc<Host<P>>,
+    stream: TcpStream,
+    remote: std::net::SocketAddr,
+    transport: Transport,
+) {
     let limit = host.state().spec.limits.connections;
     if host.shared.connections.fetch_add(1, Ordering::Relaxed) >= limit {
         host.shared.connections.fetch_sub(1, Ordering::Relaxed);

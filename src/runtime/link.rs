@@ -38,7 +38,11 @@ enum LinkState {
     Connecting(Vec<u8>),
     Open(Rc<Connection>),
     /// Failed lately; `failures` in a row.
-    Paused { until: Instant, failures: u32, cause: CloseCause },
+    Paused {
+        until: Instant,
+        failures: u32,
+        cause: CloseCause,
+    },
 }
 
 /// What becomes of bytes for a backend.
@@ -55,17 +59,30 @@ pub(crate) enum Offer {
 
 impl LinkTable {
     /// Bytes for a backend.
-    pub(crate) fn offer(&mut self, backend: BackendId, bytes: &[u8], limit: usize, links: Links, now: Instant) -> Offer {
+    pub(crate) fn offer(
+        &mut self,
+        backend: BackendId,
+        bytes: &[u8],
+        limit: usize,
+        links: Links,
+        now: Instant,
+    ) -> Offer {
         match self.links.entry(backend) {
             Entry::Occupied(mut entry) => match entry.get_mut() {
-                LinkState::Open(connection) if connection.is_closing() => Offer::Down(CloseCause::Local),
+                LinkState::Open(connection) if connection.is_closing() => {
+                    Offer::Down(CloseCause::Local)
+                }
                 LinkState::Open(connection) => Offer::Open(Rc::clone(connection)),
                 LinkState::Connecting(waiting) if waiting.len() + bytes.len() <= limit => {
                     waiting.extend_from_slice(bytes);
                     Offer::Waits
                 }
                 LinkState::Connecting(_) => Offer::Down(CloseCause::Overflow),
-                LinkState::Paused { until, cause, .. } if links == Links::Single || now < *until => Offer::Down(*cause),
+                LinkState::Paused { until, cause, .. }
+                    if links == Links::Single || now < *until =>
+                {
+                    Offer::Down(*cause)
+                }
                 LinkState::Paused { .. } => {
                     entry.insert(LinkState::Connecting(bytes.to_vec()));
                     Offer::Dial
@@ -104,7 +121,14 @@ impl LinkTable {
     }
 
     /// The link is down; how long to pause.
-    fn failed(&mut self, backend: BackendId, was_open: bool, cause: CloseCause, now: Instant, failures: u32) -> Duration {
+    fn failed(
+        &mut self,
+        backend: BackendId,
+        was_open: bool,
+        cause: CloseCause,
+        now: Instant,
+        failures: u32,
+    ) -> Duration {
         let failures = if was_open { 1 } else { failures + 1 };
         let pause = (BACK_OFF_FIRST * 2u32.saturating_pow(failures.min(10) - 1)).min(BACK_OFF_MAX);
         self.links.insert(backend, LinkState::Paused { until: now + pause, failures, cause });
@@ -167,7 +191,9 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
     };
     let timeout = host.state().spec.limits.connect;
     let opened = match connect(address, timeout).await {
-        Ok(stream) => stream.local_addr().map(|local| (stream, local)).map_err(|_| CloseCause::Reset),
+        Ok(stream) => {
+            stream.local_addr().map(|local| (stream, local)).map_err(|_| CloseCause::Reset)
+        }
         Err(cause) => Err(cause),
     };
     let (stream, local) = match opened {
@@ -195,14 +221,24 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
     link_down(host, backend, true, cause, 0)
 }
 
-fn link_down<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, was_open: bool, cause: CloseCause, failures: u32) -> Duration {
+fn link_down<P: Protocol>(
+    host: &Rc<Host<P>>,
+    backend: BackendId,
+    was_open: bool,
+    cause: CloseCause,
+    failures: u32,
+) -> Duration {
     let now = Instant::now();
     let peer = Endpoint::Backend(backend);
     let pause = host.state().links.failed(backend, was_open, cause, now, failures);
     if P::LINKS == Links::Single || cause.is_far_fault() {
         host.state().router.link(now, backend, Link::Down(cause));
     }
-    host.shared.event(NodeEvent::LinkDown { backend: host.shared.backend_name(backend), was_open, cause });
+    host.shared.event(NodeEvent::LinkDown {
+        backend: host.shared.backend_name(backend),
+        was_open,
+        cause,
+    });
     host.tell(peer, PeerChange::Closed(cause));
     if P::LINKS == Links::Single && was_open {
         host.shared.tell_others(host.worker, peer, PeerChange::Closed(cause));
@@ -211,7 +247,10 @@ fn link_down<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, was_open: bool
 }
 
 /// Opens a stream within `timeout`.
-pub(crate) async fn connect(address: SocketAddr, timeout: Duration) -> Result<TcpStream, CloseCause> {
+pub(crate) async fn connect(
+    address: SocketAddr,
+    timeout: Duration,
+) -> Result<TcpStream, CloseCause> {
     match tokio::time::timeout(timeout, TcpStream::connect(address)).await {
         Err(_) => Err(CloseCause::ConnectTimeout),
         Ok(Ok(stream)) => Ok(stream),
@@ -231,7 +270,8 @@ pub(crate) async fn keep_links<P: Protocol>(host: Rc<Host<P>>) {
         tick.tick().await;
         let wanted = wanted_links(&host);
         for &backend in &wanted {
-            kept.entry(backend).or_insert_with(|| tokio::task::spawn_local(keep_link(Rc::clone(&host), backend)));
+            kept.entry(backend)
+                .or_insert_with(|| tokio::task::spawn_local(keep_link(Rc::clone(&host), backend)));
         }
         kept.retain(|backend, task| {
             let keep = wanted.contains(backend);
@@ -249,7 +289,8 @@ fn wanted_links<P: Protocol>(host: &Rc<Host<P>>) -> std::collections::HashSet<Ba
     state.router.refresh();
     let pools = state.spec.pools.clone();
     let snapshot = state.router.snapshot();
-    let mine = |backend: &BackendId| host.shared.owner(P::LINKS, *backend, host.worker) == host.worker;
+    let mine =
+        |backend: &BackendId| host.shared.owner(P::LINKS, *backend, host.worker) == host.worker;
     pools.iter().flat_map(|&pool| snapshot.linkable(pool)).filter(mine).collect()
 }
 
@@ -289,7 +330,13 @@ mod tests {
     #[test]
     fn a_failed_link_pauses_longer_each_time_and_then_dials_again() {
         let (mut table, now, backend) = (LinkTable::default(), Instant::now(), BackendId(1));
-        let mut offer = |table: &mut LinkTable, now| match table.offer(backend, b"x", 100, Links::PerWorker, now) {
+        let mut offer = |table: &mut LinkTable, now| match table.offer(
+            backend,
+            b"x",
+            100,
+            Links::PerWorker,
+            now,
+        ) {
             Offer::Open(_) => "open",
             Offer::Waits => "waits",
             Offer::Dial => "dial",
@@ -302,9 +349,16 @@ mod tests {
         assert_eq!(offer(&mut table, now), "down");
         let failures = table.failures(backend);
         assert_eq!(offer(&mut table, now + first), "dial");
-        assert_eq!(table.failed(backend, false, CloseCause::Refused, now, failures), BACK_OFF_FIRST * 2);
+        assert_eq!(
+            table.failed(backend, false, CloseCause::Refused, now, failures),
+            BACK_OFF_FIRST * 2
+        );
         assert_eq!(table.failed(backend, false, CloseCause::Refused, now, 50), BACK_OFF_MAX);
-        assert_eq!(table.failed(backend, true, CloseCause::End, now, 0), BACK_OFF_FIRST, "it had worked");
+        assert_eq!(
+            table.failed(backend, true, CloseCause::End, now, 0),
+            BACK_OFF_FIRST,
+            "it had worked"
+        );
     }
 
     #[test]

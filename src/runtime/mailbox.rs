@@ -57,7 +57,9 @@ impl Mailbox {
     /// Puts one item in, with `bytes` for those that have any; `false` if it is full.
     pub(crate) fn put(&self, bytes: &[u8], mail: impl FnOnce(Range<usize>) -> Mail) -> bool {
         let mut letters = self.letters.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        if letters.bytes.len() + bytes.len() > MAILBOX_BYTES_MAX || letters.mail.len() >= MAILBOX_ITEMS_MAX {
+        if letters.bytes.len() + bytes.len() > MAILBOX_BYTES_MAX
+            || letters.mail.len() >= MAILBOX_ITEMS_MAX
+        {
             return false;
         }
         let start = letters.bytes.len();

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use strowger_contract::{BackendId, ClassId, CloseCause, Endpoint, Level, Links, Note, PeerChange, WorkerId};
+use strowger_contract::{
+    BackendId, ClassId, CloseCause, Endpoint, Level, Links, Note, PeerChange, WorkerId,
+};
 
 use super::mailbox::{Mail, Mailbox};
 use crate::observe::{Event, Events, Metrics, NameView};
@@ -61,7 +63,9 @@ impl Shared {
     /// A name for logs.
     pub(crate) fn backend_name(&self, backend: BackendId) -> String {
         let snapshot = self.core.snapshot();
-        snapshot.backend_names(backend).map_or_else(|| format!("backend {}", backend.0), |(pool, id)| format!("{pool}/{id}"))
+        snapshot
+            .backend_names(backend)
+            .map_or_else(|| format!("backend {}", backend.0), |(pool, id)| format!("{pool}/{id}"))
     }
 
     /// Names for metrics, from the snapshot that the router looks at.
@@ -87,16 +91,24 @@ impl Shared {
     /// Logs what happens in the runtime.
     pub(crate) fn event(&self, event: NodeEvent) {
         let (level, name, detail) = match event {
-            NodeEvent::Framing { remote, detail } => (Level::Info, "framing_lost", format!("{remote}: {detail}")),
+            NodeEvent::Framing { remote, detail } => {
+                (Level::Info, "framing_lost", format!("{remote}: {detail}"))
+            }
             NodeEvent::EnginePanicked { worker } => (
                 Level::Warn,
                 "engine_panicked",
-                format!("the engine on worker {} panicked and was restarted; its connections are closed", worker.0),
+                format!(
+                    "the engine on worker {} panicked and was restarted; its connections are closed",
+                    worker.0
+                ),
             ),
             NodeEvent::EngineSpins { worker } => (
                 Level::Warn,
                 "engine_spins",
-                format!("the engine on worker {} did not come to rest; what it still wanted was dropped", worker.0),
+                format!(
+                    "the engine on worker {} did not come to rest; what it still wanted was dropped",
+                    worker.0
+                ),
             ),
             NodeEvent::LinkUp { backend } => (Level::Info, "link_up", backend),
             NodeEvent::LinkDown { backend, was_open, cause } => {
@@ -121,4 +133,3 @@ impl NameView for Names {
         self.0.backend_names(backend)
     }
 }
-

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use socket2::SockRef;
 use strowger_contract::outbox::SpliceLimits;
-use strowger_contract::{BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, Protocol, Router};
+use strowger_contract::{
+    BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, Protocol, Router,
+};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -24,7 +26,11 @@ use super::stream::Connection;
 const READS_PER_TURN: usize = 4;
 
 /// Serves a flow from its opening on: waits for the engine's wish, joins, relays.
-pub(crate) async fn serve<P: Protocol>(host: &Rc<Host<P>>, flow: FlowId, connection: &Rc<Connection>) -> CloseCause {
+pub(crate) async fn serve<P: Protocol>(
+    host: &Rc<Host<P>>,
+    flow: FlowId,
+    connection: &Rc<Connection>,
+) -> CloseCause {
     loop {
         if let Some((backend, limits)) = connection.take_splice() {
             match join(host, connection, backend, limits).await {
@@ -94,7 +100,12 @@ struct Relay<'a, P: Protocol> {
 }
 
 impl<'a, P: Protocol> Relay<'a, P> {
-    fn new(host: &'a Rc<Host<P>>, client: &'a Rc<Connection>, backend: TcpStream, limits: SpliceLimits) -> Self {
+    fn new(
+        host: &'a Rc<Host<P>>,
+        client: &'a Rc<Connection>,
+        backend: TcpStream,
+        limits: SpliceLimits,
+    ) -> Self {
         let (up, down) = (Direction::default(), Direction::default());
         Self { host, client, backend, limits, up, down, last_moved: Instant::now() }
     }
@@ -145,7 +156,11 @@ impl<'a, P: Protocol> Relay<'a, P> {
 
     fn silence(&self) -> Option<Duration> {
         let half = self.up.ended || self.down.ended;
-        let limit = if half && !self.limits.half_closed.is_zero() { self.limits.half_closed } else { self.limits.idle };
+        let limit = if half && !self.limits.half_closed.is_zero() {
+            self.limits.half_closed
+        } else {
+            self.limits.idle
+        };
         (!limit.is_zero()).then_some(limit)
     }
 
@@ -179,11 +194,17 @@ impl<'a, P: Protocol> Relay<'a, P> {
 }
 
 /// Moves bytes one way until one side blocks or its turn is over; how many the writer took.
-fn pass(from: &TcpStream, to: &TcpStream, way: &mut Direction, scratch: &mut [u8]) -> io::Result<u64> {
+fn pass(
+    from: &TcpStream,
+    to: &TcpStream,
+    way: &mut Direction,
+    scratch: &mut [u8],
+) -> io::Result<u64> {
     let mut moved = 0;
     for _ in 0..READS_PER_TURN {
         if way.is_blocked() {
-            moved += write(to, &way.rest[way.written..]).inspect(|count| way.written += count)? as u64;
+            moved +=
+                write(to, &way.rest[way.written..]).inspect(|count| way.written += count)? as u64;
             if way.is_blocked() {
                 return Ok(moved);
             }

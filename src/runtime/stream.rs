@@ -199,7 +199,11 @@ impl Connection {
 }
 
 /// Reads, cuts and writes until the connection ends; why it ended.
-pub(crate) async fn serve<P: Protocol>(host: &Rc<Host<P>>, connection: &Rc<Connection>, idle: Duration) -> CloseCause {
+pub(crate) async fn serve<P: Protocol>(
+    host: &Rc<Host<P>>,
+    connection: &Rc<Connection>,
+    idle: Duration,
+) -> CloseCause {
     let mut reader = Reader::<P>::new(Instant::now());
     let mut closing_since = None;
     loop {
@@ -322,7 +326,13 @@ impl<P: Protocol> Reader<P> {
     }
 
     /// Gives the engine all whole messages at the front of `bytes`; how many bytes that were.
-    fn cut(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>, bytes: &[u8], now: Instant) -> Result<usize, FrameError> {
+    fn cut(
+        &mut self,
+        host: &Rc<Host<P>>,
+        connection: &Rc<Connection>,
+        bytes: &[u8],
+        now: Instant,
+    ) -> Result<usize, FrameError> {
         let mut used = 0;
         let mut turn = 0;
         let result = host.batch(now, |batch| {

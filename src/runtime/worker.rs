@@ -60,20 +60,32 @@ struct Inside {
 
 impl Worker {
     /// Starts the thread.
-    pub(crate) fn new(id: WorkerId, metrics: &Metrics, events: &Arc<Events>) -> std::io::Result<Self> {
+    pub(crate) fn new(
+        id: WorkerId,
+        metrics: &Metrics,
+        events: &Arc<Events>,
+    ) -> std::io::Result<Self> {
         let (orders, mut received) = unbounded_channel();
         let starts = Arc::default();
-        let inside =
-            Inside { id, starts: Arc::clone(&starts), metrics: metrics.worker(id), events: Arc::clone(events) };
-        let thread = std::thread::Builder::new().name(format!("worker-{}", id.0)).spawn(move || {
-            // A worker that panics all the same is started again, with all its listeners.
-            while catch_unwind(AssertUnwindSafe(|| inside.live(&mut received))).is_err() {
-                inside.metrics.panicked();
-                let detail = format!("worker {} died and was started again; its connections are lost", inside.id.0);
-                inside.events.emit(Event::engine(Level::Warn, "", "worker_panicked", detail));
-                std::thread::sleep(RESTART_PAUSE);
-            }
-        })?;
+        let inside = Inside {
+            id,
+            starts: Arc::clone(&starts),
+            metrics: metrics.worker(id),
+            events: Arc::clone(events),
+        };
+        let thread =
+            std::thread::Builder::new().name(format!("worker-{}", id.0)).spawn(move || {
+                // A worker that panics all the same is started again, with all its listeners.
+                while catch_unwind(AssertUnwindSafe(|| inside.live(&mut received))).is_err() {
+                    inside.metrics.panicked();
+                    let detail = format!(
+                        "worker {} died and was started again; its connections are lost",
+                        inside.id.0
+                    );
+                    inside.events.emit(Event::engine(Level::Warn, "", "worker_panicked", detail));
+                    std::thread::sleep(RESTART_PAUSE);
+                }
+            })?;
         Ok(Self { orders, starts, thread: Some(thread) })
     }
 
@@ -191,11 +203,27 @@ impl Inside {
         self.starts.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn start(&self, running: &mut HashMap<u64, Rc<dyn RunningListener>>, start: &Arc<Start>, broken: &Rc<Notify>) {
-        let sockets = start.sockets.iter().map(|socket| socket.try_clone()).collect::<std::io::Result<Vec<_>>>();
+    fn start(
+        &self,
+        running: &mut HashMap<u64, Rc<dyn RunningListener>>,
+        start: &Arc<Start>,
+        broken: &Rc<Notify>,
+    ) {
+        let sockets = start
+            .sockets
+            .iter()
+            .map(|socket| socket.try_clone())
+            .collect::<std::io::Result<Vec<_>>>();
         let listener = sockets.and_then(|sockets| {
-            let (spec, shared, broken) = (Arc::clone(&start.spec), Arc::clone(&start.shared), Rc::clone(broken));
-            start.launch.start(LaunchPlace(Place { worker: self.id, spec, sockets, shared, broken }))
+            let (spec, shared, broken) =
+                (Arc::clone(&start.spec), Arc::clone(&start.shared), Rc::clone(broken));
+            start.launch.start(LaunchPlace(Place {
+                worker: self.id,
+                spec,
+                sockets,
+                shared,
+                broken,
+            }))
         });
         match listener {
             Ok(listener) => {
@@ -203,7 +231,12 @@ impl Inside {
             }
             Err(error) => {
                 let detail = format!("on worker {}: {error}", self.id.0);
-                self.events.emit(Event::engine(Level::Warn, &start.spec.name, "listener_failed", detail));
+                self.events.emit(Event::engine(
+                    Level::Warn,
+                    &start.spec.name,
+                    "listener_failed",
+                    detail,
+                ));
             }
         }
     }

@@ -103,7 +103,11 @@ impl SendBatch {
     pub(crate) fn new(count: usize) -> Self {
         // SAFETY: as in `RecvBatch::new`.
         let (name, vector, header) = unsafe { (zeroed(), zeroed(), zeroed()) };
-        Self { names: vec![name; count], vectors: vec![vector; count], headers: vec![header; count] }
+        Self {
+            names: vec![name; count],
+            vectors: vec![vector; count],
+            headers: vec![header; count],
+        }
     }
 
     /// How many fit.
@@ -219,7 +223,8 @@ mod tests {
     fn round_trip(address: &str) {
         let (one, two) = (UdpSocket::bind(address).unwrap(), UdpSocket::bind(address).unwrap());
         let to = two.local_addr().unwrap();
-        let payloads: Vec<Vec<u8>> = (0..40u8).map(|index| vec![index; 1 + usize::from(index) * 100]).collect();
+        let payloads: Vec<Vec<u8>> =
+            (0..40u8).map(|index| vec![index; 1 + usize::from(index) * 100]).collect();
         let mut send = SendBatch::new(64);
         let mut items = payloads.iter().map(|payload| (to, payload.as_slice()));
         assert_eq!(send.send(one.as_fd(), &mut items).unwrap(), 40);

@@ -1,0 +1,287 @@
+//! Which backend a flow is joined to.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use strowger_contract::outbox::SpliceLimits;
+use strowger_contract::{
+    BackendId, ClassId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message, Note,
+    Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router, SessionKey,
+    Ticket, Verdict,
+};
+
+use crate::options::is_in;
+use crate::{SPACE, Tcp};
+
+/// How many backends one flow is tried at.
+const TRIES_MAX: usize = 4;
+
+/// One flow.
+#[derive(Debug)]
+struct Flow {
+    arrived: Instant,
+    session: SessionKey,
+    pool: PoolId,
+    tried: Vec<BackendId>,
+    /// The backend that it is, or is being, joined to; the router awaits its outcome.
+    backend: Option<BackendId>,
+    began: Instant,
+    joined: Option<Duration>,
+}
+
+/// The engine of one worker.
+#[derive(Debug)]
+pub struct TcpEngine {
+    limits: SpliceLimits,
+    routes: Vec<(Vec<(IpAddr, u8)>, PoolId)>,
+    pool: Option<PoolId>,
+    flows: HashMap<FlowId, Flow>,
+}
+
+impl TcpEngine {
+    pub(crate) fn new(context: &Context<'_, Tcp>) -> Self {
+        let options = context.options;
+        let limits = SpliceLimits {
+            connect: options.connect_timeout.0,
+            idle: options.idle_timeout.0,
+            half_closed: options.half_closed_timeout.0,
+        };
+        let routes =
+            context.scope.routes.iter().map(|(route, pool)| (route.networks(), *pool)).collect();
+        Self { limits, routes, pool: context.scope.pool, flows: HashMap::new() }
+    }
+
+    pub(crate) fn reconfigure(&mut self, context: &Context<'_, Tcp>) {
+        let flows = std::mem::take(&mut self.flows);
+        *self = Self { flows, ..Self::new(context) };
+    }
+
+    fn pool_for(&self, source: IpAddr) -> Option<PoolId> {
+        let matching = |networks: &Vec<(IpAddr, u8)>| {
+            networks.is_empty() || networks.iter().any(|&network| is_in(source, network))
+        };
+        self.routes
+            .iter()
+            .find(|(networks, _)| matching(networks))
+            .map(|(_, pool)| *pool)
+            .or(self.pool)
+    }
+
+    fn opened(
+        &mut self,
+        now: Instant,
+        id: FlowId,
+        remote: SocketAddr,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Some(pool) = self.pool_for(remote.ip()) else {
+            return refuse(now, id, now, Refusal::NoBackend, out);
+        };
+        let session = session_key(pool, remote, router);
+        let flow = Flow {
+            arrived: now,
+            session,
+            pool,
+            tried: Vec::new(),
+            backend: None,
+            began: now,
+            joined: None,
+        };
+        self.flows.insert(id, flow);
+        self.join(now, id, router, out);
+    }
+
+    /// Asks for a backend and joins the flow to it.
+    fn join(&mut self, now: Instant, id: FlowId, router: &mut dyn Router, out: &mut Outbox) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let class = router.class(ClassId::SETUP);
+        // A backend that does not answer takes its whole connect timeout: the budget must leave
+        // room for the next one, or there would be no next one.
+        let budget = class.deadline.unwrap_or(self.limits.connect).max(self.limits.connect * 2);
+        let tries = flow.tried.len();
+        let refusal = if tries > usize::from(class.retry) || tries >= TRIES_MAX {
+            Refusal::NoBackend
+        } else {
+            let query = Query {
+                pool: flow.pool,
+                session: flow.session,
+                pin: None,
+                in_session: false,
+                awaits: true,
+                class: ClassId::SETUP,
+                deadline: flow.arrived + budget,
+                capability: 0,
+                exclude: &flow.tried,
+            };
+            match router.route(now, &query) {
+                Verdict::Go(route) => {
+                    flow.tried.push(route.backend);
+                    flow.backend = Some(route.backend);
+                    flow.began = now;
+                    return out.splice(id, route.backend, self.limits);
+                }
+                Verdict::Refuse(refusal) => refusal,
+                Verdict::Wait(ticket) => {
+                    router.withdraw(now, ticket);
+                    Refusal::NoBackend
+                }
+            }
+        };
+        let arrived = flow.arrived;
+        self.flows.remove(&id);
+        refuse(now, id, arrived, refusal, out);
+    }
+
+    fn joined(
+        &mut self,
+        now: Instant,
+        id: FlowId,
+        backend: BackendId,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        let took = now.saturating_duration_since(flow.began);
+        flow.joined = Some(took);
+        let ttl = router.session_ttl(flow.pool);
+        router.learn(now, flow.session, backend, ClassId::SETUP, ttl);
+        let total = now.saturating_duration_since(flow.arrived);
+        let promised = router.class(ClassId::SETUP).deadline.unwrap_or(Duration::MAX);
+        let outcome = if total <= promised { RequestOutcome::Met } else { RequestOutcome::Late };
+        out.note(Note::Request {
+            class: ClassId::SETUP,
+            outcome,
+            backend: Some(backend),
+            total,
+            at_backend: took,
+        });
+    }
+
+    fn join_failed(
+        &mut self,
+        now: Instant,
+        id: FlowId,
+        backend: BackendId,
+        cause: CloseCause,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.backend = None;
+        router.outcome(now, backend, outcome_of(cause));
+        if cause == CloseCause::Local || cause == CloseCause::Shutdown {
+            self.flows.remove(&id);
+            return;
+        }
+        out.note(Note::Retry(cause.word()));
+        self.join(now, id, router, out);
+    }
+
+    fn closed(&mut self, now: Instant, id: FlowId, router: &mut dyn Router, out: &mut Outbox) {
+        let Some(flow) = self.flows.remove(&id) else { return };
+        if let Some(backend) = flow.backend {
+            let outcome =
+                flow.joined.map_or(Outcome::Abandoned, |latency| Outcome::Answered { latency });
+            router.outcome(now, backend, outcome);
+        }
+        if flow.joined.is_none() {
+            note(now, flow.arrived, RequestOutcome::Failed, out);
+        }
+    }
+}
+
+fn outcome_of(cause: CloseCause) -> Outcome {
+    match cause {
+        CloseCause::ConnectTimeout => Outcome::TimedOut,
+        cause if cause.is_far_fault() => Outcome::Lost,
+        _ => Outcome::Abandoned,
+    }
+}
+
+fn refuse(now: Instant, id: FlowId, arrived: Instant, refusal: Refusal, out: &mut Outbox) {
+    out.note(Note::Refused(ClassId::SETUP, refusal));
+    note(now, arrived, RequestOutcome::Rejected, out);
+    out.close(Endpoint::Client(id), Closing::Reset);
+}
+
+fn note(now: Instant, arrived: Instant, outcome: RequestOutcome, out: &mut Outbox) {
+    let total = now.saturating_duration_since(arrived);
+    out.note(Note::Request {
+        class: ClassId::SETUP,
+        outcome,
+        backend: None,
+        total,
+        at_backend: Duration::ZERO,
+    });
+}
+
+fn session_key(pool: PoolId, remote: SocketAddr, router: &dyn Router) -> SessionKey {
+    let mut bytes = [0; 18];
+    let length = match remote.ip() {
+        IpAddr::V4(address) => {
+            bytes[..4].copy_from_slice(&address.octets());
+            4
+        }
+        IpAddr::V6(address) => {
+            bytes[..16].copy_from_slice(&address.octets());
+            16
+        }
+    };
+    if router.session_key_name(pool) == "source" {
+        bytes[length..length + 2].copy_from_slice(&remote.port().to_be_bytes());
+        return router.keyer().session(SPACE, &bytes[..length + 2]);
+    }
+    router.keyer().session(SPACE, &bytes[..length])
+}
+
+impl Engine for TcpEngine {
+    fn on_message(&mut self, _: Instant, _: Message<'_>, _: &mut dyn Router, out: &mut Outbox) {
+        out.drop_message("not_spliced");
+    }
+
+    fn on_granted(&mut self, _: Instant, _: Ticket, _: Route, _: &mut dyn Router, _: &mut Outbox) {}
+
+    fn on_refused(
+        &mut self,
+        _: Instant,
+        _: Ticket,
+        _: Refusal,
+        _: &mut dyn Router,
+        _: &mut Outbox,
+    ) {
+    }
+
+    fn on_peer(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        change: PeerChange,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Endpoint::Client(id) = peer else { return };
+        match change {
+            PeerChange::Opened { remote, .. } => self.opened(now, id, remote, router, out),
+            PeerChange::Joined(backend) => self.joined(now, id, backend, router, out),
+            PeerChange::JoinFailed(backend, cause) => {
+                self.join_failed(now, id, backend, cause, router, out)
+            }
+            PeerChange::Closed(_) => self.closed(now, id, router, out),
+            PeerChange::Retired => {}
+        }
+    }
+
+    fn on_timeout(&mut self, _: Instant, _: &mut dyn Router, _: &mut Outbox) {}
+
+    fn next_timeout(&self) -> Option<Instant> {
+        None
+    }
+
+    fn on_drain(&mut self, _: Instant, _: &mut dyn Router, _: &mut Outbox) {}
+
+    fn in_progress(&self) -> usize {
+        self.flows.len()
+    }
+}

@@ -1,25 +1,518 @@
 //! One running edge: the control side's tasks, and the workers they direct.
 //!
-//! The control side (configuration, probes, admin HTTP, ticks of the core) runs on the caller's
-//! thread and never on a worker's; the two meet in the core's snapshot.
+//! The control side (configuration, probes, admin HTTP, the core's ticks) runs on the caller's
+//! runtime and never on a worker's thread; the two meet in the core's snapshot.
 
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use strowger_contract::{Keyer, TokenKeys};
+use serde_json::{Value, json};
+use strowger_contract::{Keyer, Level, TokenKeys};
 use thiserror::Error;
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::admin::{self, AdminBackend, Check, PutError};
-use crate::control::config::{self, ConfigErrors, Loaded};
+use crate::control::config::{self, ConfigErrors, Loaded, Source};
 use crate::control::{probes, watch};
 use crate::observe::{Event, Events, Metrics};
 use crate::protocols::Protocols;
-use crate::routing::{Core, CoreSettings, SnapshotSpec};
-use crate::runtime::{Fleet, ListenerView, Prepared};
+use crate::routing::{Core, CoreEvent, CoreSettings};
+use crate::runtime::{BindFailure, Fleet};
 
-/// How often the core's own time goes on: expiries, drains' ends, ejections' ends.
+/// How often the core's own time goes on: expiries, the ends of drains and ejections.
 const TICK: Duration = Duration::from_millis(100);
+
+/// The spaces of all protocols' session names, for look-ups by name.
+const SESSION_SPACES: [u8; 3] = [strowger_sip::SPACE, strowger_sip::SPACE + 1, strowger_tcp::SPACE];
+
+/// Where a configuration comes from.
+#[derive(Clone, Debug)]
+pub enum ConfigSource {
+    /// Files and directories, which are watched.
+    Paths(Vec<PathBuf>),
+    /// A text, for demos and tests.
+    Text(String),
+}
+
+/// Why an edge did not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Config(#[from] ConfigErrors),
+    /// No listener could be bound.
+    #[error("no listener could be bound:\n{0}")]
+    Bind(String),
+    /// The admin server could not be bound.
+    #[error("the admin server cannot listen on {address}: {error}")]
+    Admin {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        error: io::Error,
+    },
+    /// Threads, randomness: what the system did not give.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// A running edge.
+pub struct Edge {
+    inner: Arc<Inner>,
+    admin_address: SocketAddr,
+    stop: CancellationToken,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+struct Inner {
+    core: Arc<Core>,
+    metrics: Arc<Metrics>,
+    events: Arc<Events>,
+    protocols: Protocols,
+    fleet: Mutex<Fleet>,
+    active: Mutex<Active>,
+    source: ConfigSource,
+    ready: AtomicBool,
+    failed: Mutex<Vec<String>>,
+    epoch: AtomicU64,
+    workers: u8,
+    started: Instant,
+}
+
+/// The configuration that is in force.
+struct Active {
+    sources: Vec<Source>,
+    loaded: Loaded,
+}
+
+impl Edge {
+    /// Loads the configuration, binds, and starts.
+    ///
+    /// # Errors
+    /// See [`StartError`]. A single listener that cannot be bound is no error: it is reported, and
+    /// the others run.
+    pub async fn start(source: ConfigSource, mut protocols: Protocols) -> Result<Self, StartError> {
+        let metrics = Metrics::new();
+        let events = Events::new(Arc::clone(&metrics));
+        let launchers = protocols.take_launchers();
+        let now = Instant::now();
+        // Pool numbers must be the core's own, and the core needs settings from the configuration:
+        // it is read once for those, and once for good.
+        let scratch = crate::routing::PoolNames::default();
+        let first = load(&source, None, &protocols, &scratch)?;
+        let mut random = [0; 56];
+        fill_random(&mut random)?;
+        let settings = core_settings(&first, &random);
+        let workers = settings.workers;
+        let seed = settings.seed;
+        let core = Core::new(settings, now);
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let fleet = Fleet::new(
+            workers,
+            launchers,
+            Arc::clone(&core),
+            Arc::clone(&metrics),
+            Arc::clone(&events),
+            seed,
+            since_1970.as_secs() as u32,
+        )?;
+        let inner = Arc::new(Inner {
+            core: Arc::clone(&core),
+            metrics: Arc::clone(&metrics),
+            events,
+            protocols,
+            fleet: Mutex::new(fleet),
+            active: Mutex::new(Active { sources: Vec::new(), loaded: Loaded::default() }),
+            source,
+            ready: AtomicBool::new(false),
+            failed: Mutex::default(),
+            epoch: AtomicU64::new(0),
+            workers,
+            started: now,
+        });
+        let view = Arc::clone(&core);
+        metrics.set_pools_source(move || (view.pools_view(Instant::now()), view.sessions_view()));
+        let loaded = load(&inner.source, None, &inner.protocols, core.pool_names())?;
+        let admin = loaded.admin.clone();
+        let wanted = loaded.spec.listeners.len();
+        let failures = inner.apply(loaded);
+        if wanted > 0 && failures.len() == wanted {
+            inner.fleet().end();
+            return Err(StartError::Bind(failures.join("\n")));
+        }
+        let listener = TcpListener::bind(admin.listen).await.map_err(|error| {
+            inner.fleet().end();
+            StartError::Admin { address: admin.listen, error }
+        })?;
+        let admin_address = listener.local_addr()?;
+        let stop = CancellationToken::new();
+        let mut edge = Self { inner, admin_address, stop, tasks: Vec::new() };
+        edge.spawn_tasks(listener, admin.token, seed);
+        edge.inner.ready.store(true, Ordering::Relaxed);
+        Ok(edge)
+    }
+
+    fn spawn_tasks(&mut self, listener: TcpListener, token: Option<String>, seed: u64) {
+        let backend: Arc<dyn AdminBackend> = Arc::clone(&self.inner) as _;
+        self.spawn(admin::serve(listener, backend, token, self.stop.clone()));
+        self.spawn(tick(Arc::clone(&self.inner)));
+        let makers = Arc::clone(&self.inner);
+        let make: probes::ProbeMaker = Arc::new(move |name| {
+            makers.protocols.configurers().iter().find_map(|protocol| protocol.probe(name))
+        });
+        self.spawn(probes::run(Arc::clone(&self.inner.core), make, seed));
+        if let ConfigSource::Paths(_) = self.inner.source {
+            self.spawn(follow_files(Arc::clone(&self.inner)));
+        }
+    }
+
+    fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        let stop = self.stop.clone();
+        self.tasks.push(tokio::spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task => {}
+            }
+        }));
+    }
+
+    /// Where the admin server listens.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin_address
+    }
+
+    /// The core, for tests and the demo.
+    #[must_use]
+    pub fn core(&self) -> &Arc<Core> {
+        &self.inner.core
+    }
+
+    /// The metrics, for tests and the demo.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.inner.metrics
+    }
+
+    /// Reads the configuration again and swaps it in if it is good; whether it was.
+    pub fn reload(&self) -> bool {
+        self.inner.reload("asked for")
+    }
+
+    /// Takes another configuration.
+    ///
+    /// # Errors
+    /// It is wrong; the old one stays.
+    pub fn put(&self, text: &str) -> Result<u64, Vec<String>> {
+        self.inner.put_config(text, None).map_err(|error| match error {
+            PutError::Invalid(errors) => errors,
+            PutError::Stale(epoch) => vec![format!("the epoch is {epoch}")],
+        })
+    }
+
+    /// Leaves: not ready, no new sessions, until nothing is under way or `deadline` has passed, or
+    /// `hurry` is cancelled.
+    pub async fn drain(&self, deadline: Duration, hurry: &CancellationToken) {
+        self.inner.ready.store(false, Ordering::Relaxed);
+        self.inner.core.set_draining(true);
+        self.inner.fleet().drain();
+        let detail = format!(
+            "no new sessions; waiting up to {} s for what is under way",
+            deadline.as_secs()
+        );
+        self.inner.events.emit(Event::node(Level::Info, "node_draining", detail));
+        let end = Instant::now() + deadline;
+        while Instant::now() < end && !hurry.is_cancelled() {
+            let sessions = self.inner.core.sessions_view().live;
+            if self.inner.fleet().in_progress() == 0 && sessions == 0 {
+                break;
+            }
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
+    /// Ends everything.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        for task in self.tasks.drain(..) {
+            // A task that panicked has already been logged by the panic itself.
+            let _ended = task.await;
+        }
+        self.inner.fleet().end();
+    }
+}
+
+fn core_settings(loaded: &Loaded, random: &[u8; 56]) -> CoreSettings {
+    let part = |start: usize| {
+        let mut key = [0; 16];
+        key.copy_from_slice(&random[start..start + 16]);
+        key
+    };
+    let mut keys = loaded.node.token_keys.clone();
+    if keys.is_empty() {
+        keys.push(part(0));
+    }
+    let cores = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(strowger_contract::ids::WORKERS_MAX);
+    let mut seed = [0; 8];
+    seed.copy_from_slice(&random[32..40]);
+    CoreSettings {
+        token_keys: TokenKeys::new(keys),
+        keyer: Keyer::new(part(16)),
+        seed: u64::from_le_bytes(seed),
+        sessions_max: loaded.node.sessions_max,
+        workers: loaded.node.workers.unwrap_or(cores as u8),
+    }
+}
+
+fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
+    use std::io::Read;
+    std::fs::File::open("/dev/urandom")?.read_exact(bytes)
+}
+
+/// Loads from `source`, or from `text` in its stead.
+fn load(
+    source: &ConfigSource,
+    text: Option<&str>,
+    protocols: &Protocols,
+    names: &crate::routing::PoolNames,
+) -> Result<Loaded, ConfigErrors> {
+    let sources = match (text, source) {
+        (Some(text), _) => vec![Source { name: "request".to_owned(), text: text.to_owned() }],
+        (None, ConfigSource::Text(text)) => {
+            vec![Source { name: "built-in".to_owned(), text: text.clone() }]
+        }
+        (None, ConfigSource::Paths(paths)) => config::read_sources(paths)?,
+    };
+    let configurers = protocols.configurers();
+    let loaded = config::load(&sources, &configurers, names)?;
+    if loaded.watch.is_empty() {
+        return Ok(loaded);
+    }
+    let mut all = sources;
+    all.extend(config::read_sources(&existing(&loaded.watch))?);
+    config::load(&all, &configurers, names)
+}
+
+fn existing(paths: &[PathBuf]) -> Vec<PathBuf> {
+    paths.iter().filter(|path| path.exists()).cloned().collect()
+}
+
+async fn tick(inner: Arc<Inner>) {
+    let mut ticks = tokio::time::interval(TICK);
+    loop {
+        ticks.tick().await;
+        for event in inner.core.tick(Instant::now()) {
+            inner.events.emit(told(&event));
+        }
+        inner.epoch.store(inner.core.snapshot().epoch, Ordering::Relaxed);
+    }
+}
+
+fn told(event: &CoreEvent) -> Event {
+    let level = if event.is_bad() { Level::Warn } else { Level::Info };
+    let detail = serde_json::to_value(&event.what).unwrap_or(Value::Null);
+    let detail = match detail {
+        Value::Object(mut fields) => {
+            fields.remove("kind");
+            let parts: Vec<String> =
+                fields.iter().map(|(name, value)| format!("{name} {value}")).collect();
+            parts.join(", ")
+        }
+        _ => String::new(),
+    };
+    Event::pool(level, event.word(), &event.pool, event.instance.as_deref().unwrap_or(""), detail)
+}
+
+/// SIGHUP and changed files.
+async fn follow_files(inner: Arc<Inner>) {
+    let ConfigSource::Paths(paths) = &inner.source else { return };
+    let mut watched = paths.clone();
+    watched.extend(inner.active().loaded.watch.clone());
+    let mut changes = watch::Watch::new(&watched);
+    let Ok(mut hangups) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())
+    else {
+        return;
+    };
+    loop {
+        let asked = tokio::select! {
+            () = changes.changed() => false,
+            _ = hangups.recv() => true,
+        };
+        if asked || inner.differs() {
+            inner.reload(if asked { "SIGHUP" } else { "file changed" });
+        }
+    }
+}
+
+impl Inner {
+    fn fleet(&self) -> MutexGuard<'_, Fleet> {
+        self.fleet.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn active(&self) -> MutexGuard<'_, Active> {
+        self.active.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the files say something else than what was last looked at.
+    fn differs(&self) -> bool {
+        let ConfigSource::Paths(paths) = &self.source else { return false };
+        let mut paths = paths.clone();
+        paths.extend(existing(&self.active().loaded.watch));
+        match config::read_sources(&paths) {
+            Ok(sources) => sources != self.active().sources,
+            Err(_) => true,
+        }
+    }
+
+    fn reload(&self, why: &str) -> bool {
+        if let ConfigSource::Paths(paths) = &self.source {
+            let mut paths = paths.clone();
+            paths.extend(existing(&self.active().loaded.watch));
+            if let Ok(sources) = config::read_sources(&paths) {
+                self.active().sources = sources;
+            }
+        }
+        match load(&self.source, None, &self.protocols, self.core.pool_names()) {
+            Ok(loaded) => {
+                self.apply(loaded);
+                let detail = format!("{why}; epoch {}", self.core.snapshot().epoch);
+                self.events.emit(Event::node(Level::Info, "config_reloaded", detail));
+                true
+            }
+            Err(errors) => {
+                self.metrics.reloaded(None, Duration::ZERO);
+                let detail = format!("{why}; the old configuration stays: {errors}");
+                self.events.emit(Event::node(Level::Warn, "config_rejected", detail));
+                false
+            }
+        }
+    }
+
+    /// Binds what is new, swaps the snapshot, starts and closes listeners; what could not be bound.
+    fn apply(&self, mut loaded: Loaded) -> Vec<String> {
+        for warning in &loaded.warnings {
+            self.events.emit(Event::node(Level::Warn, "config_warning", warning.clone()));
+        }
+        let mut fleet = self.fleet();
+        let prepared = fleet.prepare(&loaded.spec.listeners);
+        let failures: Vec<String> = prepared.failed.iter().map(bind_failure).collect();
+        for failure in &failures {
+            self.events.emit(Event::node(Level::Warn, "listener_not_bound", failure.clone()));
+        }
+        if !loaded.node.token_keys.is_empty() {
+            self.core.set_token_keys(TokenKeys::new(loaded.node.token_keys.clone()));
+        }
+        let plan = self.core.apply(Instant::now(), loaded.spec.clone());
+        fleet.commit(prepared);
+        drop(fleet);
+        for (pool, instance) in &plan.pin_collisions {
+            let detail = "its pin is another's: give it another id".to_owned();
+            self.events.emit(Event::pool(Level::Warn, "pin_collision", pool, instance, detail));
+        }
+        self.epoch.store(plan.epoch, Ordering::Relaxed);
+        let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.metrics.reloaded(Some(plan.epoch), at);
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&failures);
+        let mut active = self.active();
+        active.sources = std::mem::take(&mut loaded.sources);
+        active.loaded = loaded;
+        failures
+    }
+}
+
+fn bind_failure(failure: &BindFailure) -> String {
+    let BindFailure { listener, socket, error } = failure;
+    format!("listener {listener}: {}://{}: {error}", socket.transport.scheme(), socket.address)
+}
+
+impl AdminBackend for Inner {
+    fn readiness(&self) -> Vec<Check> {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).join("; ");
+        let started = self.ready.load(Ordering::Relaxed);
+        let draining = self.core.is_draining();
+        vec![
+            Check { name: "started", ok: started || draining, detail: String::new() },
+            Check { name: "listeners", ok: failed.is_empty(), detail: failed },
+            Check {
+                name: "not_draining",
+                ok: !draining,
+                detail: if draining { "the node is leaving".into() } else { String::new() },
+            },
+        ]
+    }
+
+    fn config(&self) -> (String, u64) {
+        let active = self.active();
+        let texts: Vec<String> = match active.sources.as_slice() {
+            [only] => vec![only.text.clone()],
+            several => {
+                several.iter().map(|source| format!("# {}\n{}", source.name, source.text)).collect()
+            }
+        };
+        (texts.join("\n---\n"), self.epoch.load(Ordering::Relaxed))
+    }
+
+    fn put_config(&self, text: &str, if_match: Option<u64>) -> Result<u64, PutError> {
+        let epoch = self.core.snapshot().epoch;
+        if if_match.is_some_and(|wanted| wanted != epoch) {
+            return Err(PutError::Stale(epoch));
+        }
+        let loaded = load(&self.source, Some(text), &self.protocols, self.core.pool_names())
+            .map_err(|errors| {
+                PutError::Invalid(errors.0.iter().map(ToString::to_string).collect())
+            })?;
+        self.apply(loaded);
+        let epoch = self.core.snapshot().epoch;
+        self.events.emit(Event::node(
+            Level::Info,
+            "config_reloaded",
+            format!("put over the API; epoch {epoch}"),
+        ));
+        Ok(epoch)
+    }
+
+    fn core(&self) -> &Arc<Core> {
+        &self.core
+    }
+
+    fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+
+    fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    fn node(&self) -> Value {
+        let listeners: Vec<Value> = self
+            .fleet()
+            .view()
+            .into_iter()
+            .map(|view| {
+                let bound: Vec<String> = view.bound.iter().map(|(transport, address)| format!("{}://{address}", transport.scheme())).collect();
+                json!({ "name": view.name, "protocol": view.protocol, "bound": bound, "connections": view.connections, "in_progress": view.in_progress })
+            })
+            .collect();
+        let up = Duration::from_secs(self.started.elapsed().as_secs());
+        json!({
+            "name": self.core.snapshot().node.name,
+            "version": env!("CARGO_PKG_VERSION"),
+            "epoch": self.core.snapshot().epoch,
+            "workers": self.workers,
+            "uptime": strowger_contract::duration::format(up),
+            "draining": self.core.is_draining(),
+            "listeners": listeners,
+        })
+    }
+
+    fn session_spaces(&self) -> &'static [u8] {
+        &SESSION_SPACES
+    }
+}

@@ -21,6 +21,10 @@
 //! | [`edge`] | puts them together: one running edge |
 //! | [`demo`] | sample workloads and traffic on loopback |
 
+pub mod cli;
+pub mod control;
+pub mod edge;
 pub mod observe;
+pub mod protocols;
 pub mod routing;
 pub mod runtime;

@@ -1,2 +1,212 @@
-//! p
-fn main() {}
+//! The command line, nothing else.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{CommandFactory, Parser, Subcommand};
+use strowger::cli;
+use strowger::control::config;
+use strowger::edge::{ConfigSource, Edge};
+use strowger::observe::{Format, init_logging};
+use strowger::protocols::Protocols;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// A load balancer and session router for SIP, Diameter and raw TCP.
+#[derive(Parser)]
+#[command(name = "strowger", version, about, propagate_version = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run an edge with your configuration.
+    Run {
+        /// A YAML file, or a directory whose *.yaml are read in order. May be given several times.
+        #[arg(short, long, required = true, value_name = "PATH")]
+        config: Vec<PathBuf>,
+        #[command(flatten)]
+        log: Log,
+        /// After SIGTERM: how long to wait for what is under way.
+        #[arg(long, default_value = "30s", value_name = "TIME", value_parser = duration)]
+        drain: Duration,
+    },
+    /// Check configurations: every error with its place; exit 0 if there is none, else 1.
+    Check {
+        /// Files or directories, read together as one configuration.
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<PathBuf>,
+    },
+    /// Print what a configuration means, defaults filled in, as JSON.
+    Explain {
+        /// Files or directories, read together as one configuration.
+        #[arg(required = true, value_name = "PATH")]
+        paths: Vec<PathBuf>,
+    },
+    /// Print the JSON schema of the configuration, for editors.
+    Schema {
+        /// Of what.
+        #[arg(value_parser = ["edge"])]
+        of: String,
+    },
+    /// Show a running edge: its pools and instances.
+    Status {
+        #[command(flatten)]
+        admin: cli::Admin,
+    },
+    /// Show how many sessions each instance holds, or where one lives.
+    Sessions {
+        #[command(flatten)]
+        admin: cli::Admin,
+        /// A Call-ID, Session-Id, … to look for.
+        #[arg(long)]
+        key: Option<String>,
+    },
+    /// Let an instance's sessions end and give it no new ones.
+    Drain {
+        #[command(flatten)]
+        admin: cli::Admin,
+        /// POOL/INSTANCE.
+        instance: String,
+        /// How long at most; the pool's own deadline if not given.
+        #[arg(long, value_parser = duration, value_name = "TIME")]
+        deadline: Option<Duration>,
+    },
+    /// Give a drained instance new sessions again.
+    Undrain {
+        #[command(flatten)]
+        admin: cli::Admin,
+        /// POOL/INSTANCE.
+        instance: String,
+    },
+    /// Print a completion script for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+#[derive(clap::Args)]
+struct Log {
+    /// What to log: error, warn, info, debug, or a filter as RUST_LOG takes it.
+    #[arg(long, default_value = "info", env = "STROWGER_LOG", value_name = "FILTER")]
+    log: String,
+    /// How lines look.
+    #[arg(long, default_value = "auto", value_name = "FORMAT")]
+    log_format: Format,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    strowger_contract::duration::parse(text)
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().command.run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("strowger: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Command {
+    fn run(self) -> Result<ExitCode> {
+        match self {
+            Self::Run { config, log, drain } => {
+                init_logging(log.log_format, &log.log);
+                runtime()?.block_on(run(config, drain))?;
+            }
+            Self::Check { paths } => return Ok(check(&paths)),
+            Self::Explain { paths } => match load(&paths) {
+                Ok(loaded) => println!("{}", cli::explain(&loaded)),
+                Err(errors) => bail!("{errors}"),
+            },
+            Self::Schema { of: _ } => println!("{}", schema()?),
+            Self::Status { admin } => cli::status(&admin)?,
+            Self::Sessions { admin, key } => cli::sessions(&admin, key.as_deref())?,
+            Self::Drain { admin, instance, deadline } => cli::drain(&admin, &instance, deadline)?,
+            Self::Undrain { admin, instance } => cli::undrain(&admin, &instance)?,
+            Self::Completions { shell } => {
+                clap_complete::generate(
+                    shell,
+                    &mut Arguments::command(),
+                    "strowger",
+                    &mut std::io::stdout(),
+                );
+            }
+            Self::Man => {
+                clap_mangen::Man::new(Arguments::command()).render(&mut std::io::stdout())?
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("the control thread cannot start")
+}
+
+async fn run(paths: Vec<PathBuf>, drain: Duration) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let edge = Edge::start(ConfigSource::Paths(paths), Protocols::standard()).await?;
+    tracing::info!("ready; status page at http://{}/", edge.admin_address());
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    // The first signal drains, a second one ends it now.
+    let hurry = CancellationToken::new();
+    tokio::select! {
+        () = edge.drain(drain, &hurry) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    edge.stop().await;
+    tracing::info!("ended");
+    Ok(())
+}
+
+fn load(paths: &[PathBuf]) -> Result<config::Loaded, config::ConfigErrors> {
+    let protocols = Protocols::standard();
+    let sources = config::read_sources(paths)?;
+    config::load(&sources, &protocols.configurers(), &strowger::routing::PoolNames::default())
+}
+
+fn check(paths: &[PathBuf]) -> ExitCode {
+    match load(paths) {
+        Ok(loaded) => {
+            for warning in &loaded.warnings {
+                println!("warning: {warning}");
+            }
+            println!(
+                "good: {} listeners, {} pools",
+                loaded.spec.listeners.len(),
+                loaded.spec.pools.len()
+            );
+            ExitCode::SUCCESS
+        }
+        Err(errors) => {
+            for error in &errors.0 {
+                println!("{}", cli::with_snippet(error));
+            }
+            println!("{} {}", errors.0.len(), if errors.0.len() == 1 { "error" } else { "errors" });
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn schema() -> Result<String> {
+    let protocols = Protocols::standard();
+    Ok(serde_json::to_string_pretty(&config::edge_schema(&protocols.configurers()))?)
+}

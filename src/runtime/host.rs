@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use strowger_contract::{
     BackendId, CloseCause, Closing, Command, Context, Endpoint, Engine, FlowId, Frame, FrameError,
-    Message, Outbox, PeerChange, Protocol, Router, Transport, WorkerId,
+    Message, Outbox, PeerChange, Protocol, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;

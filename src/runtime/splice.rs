@@ -171,7 +171,7 @@ impl<'a, P: Protocol> Relay<'a, P> {
         drop(scratch);
         if up + down > 0 {
             self.last_moved = Instant::now();
-            let mut state = self.host.state();
+            let state = self.host.state();
             state.metrics.received(0, up);
             state.metrics.sent(0, down);
         } else if self.up.ended || self.down.ended {

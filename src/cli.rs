@@ -1,0 +1,288 @@
+//! What the command line does besides running an edge: it talks to the admin API and prints.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::control::config::{ConfigError, Loaded};
+
+/// Which edge to talk to.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Admin {
+    /// The edge's admin address.
+    #[arg(long, default_value = "127.0.0.1:9080", env = "STROWGER_ADMIN", value_name = "ADDRESS")]
+    pub admin: SocketAddr,
+    /// A file with the admin token.
+    #[arg(long, env = "STROWGER_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<std::path::PathBuf>,
+    /// How to print.
+    #[arg(short, long, default_value = "table", value_name = "FORMAT")]
+    pub output: Output,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// Prints pools and instances.
+///
+/// # Errors
+/// The edge does not answer, or says no.
+pub fn status(admin: &Admin) -> Result<()> {
+    let status = call(admin, "GET", "/api/v1/status", None)?;
+    if admin.output == Output::Json {
+        return print_json(&status);
+    }
+    let node = &status["node"];
+    println!(
+        "{}  epoch {}  up {}  {} workers",
+        text(&node["name"]),
+        node["epoch"],
+        text(&node["uptime"]),
+        node["workers"]
+    );
+    let mut rows = vec![
+        [
+            "pool",
+            "instance",
+            "address",
+            "state",
+            "health",
+            "weight",
+            "under way",
+            "sessions",
+            "requests",
+            "latency ms",
+        ]
+        .map(String::from)
+        .to_vec(),
+    ];
+    for pool in status["pools"].as_array().into_iter().flatten() {
+        for backend in pool["backends"].as_array().into_iter().flatten() {
+            let mut row = vec![text(&pool["name"])];
+            for field in [
+                "id",
+                "address",
+                "state",
+                "health",
+                "effective_weight",
+                "in_flight",
+                "sessions",
+                "requests",
+            ] {
+                row.push(text(&backend[field]));
+            }
+            row.push(format!("{:.2}", backend["latency_ms"].as_f64().unwrap_or(0.0)));
+            rows.push(row);
+        }
+    }
+    print_table(&rows);
+    Ok(())
+}
+
+/// Prints sessions, or where one lives.
+///
+/// # Errors
+/// The edge does not answer, or knows no such session.
+pub fn sessions(admin: &Admin, key: Option<&str>) -> Result<()> {
+    let path = key.map_or_else(
+        || "/api/v1/sessions".to_owned(),
+        |key| format!("/api/v1/sessions?key={}", percent(key)),
+    );
+    let sessions = call(admin, "GET", &path, None)?;
+    if admin.output == Output::Json || key.is_some() {
+        return print_json(&sessions);
+    }
+    let mut rows = vec![["pool", "instance", "sessions"].map(String::from).to_vec()];
+    for instance in sessions["instances"].as_array().into_iter().flatten() {
+        rows.push(["pool", "instance", "sessions"].map(|field| text(&instance[field])).to_vec());
+    }
+    print_table(&rows);
+    Ok(())
+}
+
+/// Starts a drain.
+///
+/// # Errors
+/// The edge does not answer, or there is no such instance.
+pub fn drain(admin: &Admin, instance: &str, deadline: Option<Duration>) -> Result<()> {
+    let body = json!({ "deadline_s": deadline.map(|deadline| deadline.as_secs()) });
+    let answer = call(admin, "POST", &instance_path(instance, "drain")?, Some(&body))?;
+    println!("{instance} takes no new sessions; it holds {}", answer["sessions"]);
+    Ok(())
+}
+
+/// Ends a drain.
+///
+/// # Errors
+/// The edge does not answer, or there is no such instance.
+pub fn undrain(admin: &Admin, instance: &str) -> Result<()> {
+    call(admin, "POST", &instance_path(instance, "undrain")?, None)?;
+    println!("{instance} takes new sessions");
+    Ok(())
+}
+
+fn instance_path(instance: &str, what: &str) -> Result<String> {
+    let Some((pool, id)) = instance.split_once('/') else {
+        bail!("write POOL/INSTANCE, such as ims/ims-a")
+    };
+    Ok(format!("/api/v1/pools/{}/instances/{}/{what}", percent(pool), percent(id)))
+}
+
+fn percent(text: &str) -> String {
+    let mut out = String::new();
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    out
+}
+
+/// One HTTP request, as plain as can be.
+fn call(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+    const TIMEOUT: Duration = Duration::from_secs(10);
+    let whom = format!("the edge at {}", admin.admin);
+    let mut stream = TcpStream::connect_timeout(&admin.admin, TIMEOUT).with_context(|| {
+        format!("{whom} does not answer (is it running? --admin names another)")
+    })?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    let body = body.map(Value::to_string).unwrap_or_default();
+    let token = match &admin.token_file {
+        Some(file) => {
+            let token = std::fs::read_to_string(file)
+                .with_context(|| format!("{} cannot be read", file.display()))?;
+            format!("Authorization: Bearer {}\r\n", token.trim())
+        }
+        None => String::new(),
+    };
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: {}\r\n{token}Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
+        admin.admin,
+        body.len()
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).with_context(|| format!("{whom} broke off"))?;
+    let (head, body) =
+        answer.split_once("\r\n\r\n").with_context(|| format!("{whom} does not speak HTTP"))?;
+    let code = head.split(' ').nth(1).unwrap_or_default();
+    let value: Value = serde_json::from_str(body).unwrap_or(Value::Null);
+    if !code.starts_with('2') {
+        bail!("{whom} says {code}: {}", text(&value["title"]));
+    }
+    Ok(value)
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn print_json(value: &Value) -> Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}
+
+fn print_table(rows: &[Vec<String>]) {
+    let columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0))
+        .collect();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        println!("{}", cells.join("  ").trim_end());
+    }
+}
+
+/// An error with the line that it is about.
+#[must_use]
+pub fn with_snippet(error: &ConfigError) -> String {
+    let line = std::fs::read_to_string(&error.file)
+        .ok()
+        .and_then(|text| text.lines().nth(error.line.wrapping_sub(1)).map(str::to_owned));
+    match line {
+        Some(line) => {
+            let number = error.line.to_string();
+            let indent = " ".repeat(number.len());
+            let caret = " ".repeat(error.column.saturating_sub(1));
+            format!("{error}\n {number} | {line}\n {indent} | {caret}^")
+        }
+        None => error.to_string(),
+    }
+}
+
+/// What a configuration means.
+#[must_use]
+pub fn explain(loaded: &Loaded) -> String {
+    let millis = |time: Duration| strowger_contract::duration::format(time);
+    let pools: Vec<Value> = loaded
+        .spec
+        .pools
+        .iter()
+        .map(|pool| {
+            let backends: Vec<Value> = pool
+                .backends
+                .iter()
+                .map(|backend| {
+                    json!({
+                        "id": backend.id, "address": format!("{}://{}", backend.transport.scheme(), backend.address),
+                        "weight": backend.weight, "priority": backend.priority, "capacity": backend.capacity,
+                        "origin_host": backend.identity, "state": backend.state.word(),
+                    })
+                })
+                .collect();
+            json!({
+                "name": pool.name, "balance": format!("{:?}", pool.balance), "bounded_load": pool.bounded_load,
+                "session": { "key": pool.session_key, "ttl": millis(pool.session_ttl) },
+                "health": {
+                    "probe": pool.health.probe, "interval": millis(pool.health.interval), "timeout": millis(pool.health.timeout),
+                    "rise": pool.health.rise, "fall": pool.health.fall,
+                },
+                "outlier": {
+                    "faults": pool.health.outlier_faults, "ejection": millis(pool.health.outlier_ejection),
+                    "max_percent": pool.health.outlier_max_percent,
+                },
+                "slow_start": millis(pool.slow_start), "debounce": millis(pool.debounce),
+                "drain": { "deadline": millis(pool.drain_deadline) }, "panic_percent": pool.panic_percent,
+                "needs_link": pool.needs_link, "backends": backends,
+            })
+        })
+        .collect();
+    let classes: Vec<Value> = loaded
+        .spec
+        .classes
+        .iter()
+        .map(|class| json!({ "name": class.name, "tier": class.tier, "deadline": class.deadline.map(millis), "retry": class.retry }))
+        .collect();
+    let listeners: Vec<Value> = loaded
+        .spec
+        .listeners
+        .iter()
+        .map(|listener| {
+            let bind: Vec<String> = listener.sockets.iter().map(|socket| format!("{}://{}", socket.transport.scheme(), socket.address)).collect();
+            let effective = loaded.effective.iter().find(|(name, _)| *name == listener.name).map(|(_, value)| value.clone());
+            let limits = &listener.limits;
+            json!({
+                "name": listener.name, "protocol": listener.protocol, "bind": bind, "protocol_options": effective,
+                "limits": { "connections": limits.connections, "queued_bytes": limits.queued_bytes, "idle": millis(limits.idle), "connect": millis(limits.connect) },
+            })
+        })
+        .collect();
+    let all = json!({
+        "node": { "name": loaded.spec.node.name, "realm": loaded.spec.node.realm, "workers": loaded.node.workers, "sessions_max": loaded.node.sessions_max },
+        "admin": { "listen": loaded.admin.listen.to_string() },
+        "classes": classes, "listeners": listeners, "pools": pools, "warnings": loaded.warnings,
+    });
+    serde_json::to_string_pretty(&all).unwrap_or_default()
+}

@@ -1,0 +1,179 @@
+//! A protocol's own part of a listener: typed by the protocol, read here without knowing it.
+
+use std::any::Any;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use strowger_contract::{Links, OptionsError, PoolId, Probe, Protocol, Scope, Transport};
+
+use super::read::unknown;
+use crate::routing::Setup;
+
+/// What the control side needs of a protocol.
+pub trait Configure: Send + Sync {
+    /// Its name.
+    fn name(&self) -> &'static str;
+    /// What its listeners may be bound to.
+    fn transports(&self) -> &'static [Transport];
+    /// How its links are held.
+    fn links(&self) -> Links;
+    /// Its health checks.
+    fn probes(&self) -> &'static [&'static str];
+    /// Its session keys, the default first.
+    fn session_keys(&self) -> &'static [&'static str];
+    /// Makes a listener's setup.
+    ///
+    /// # Errors
+    /// All that is wrong, by paths under the listener (`options.t1`, `routes[0].match.method`).
+    fn configure(
+        &self,
+        scope: Scope<Value>,
+        options: &Value,
+    ) -> Result<Configured, Vec<OptionsError>>;
+    /// The schemas of its options and of its routes' matches.
+    fn schemas(&self, generator: &mut schemars::SchemaGenerator) -> (Value, Value);
+    /// A health check by its name.
+    fn probe(&self, name: &str) -> Option<Box<dyn Probe>>;
+}
+
+/// A listener's setup.
+pub struct Configured {
+    /// `Setup<P>`.
+    pub setup: Arc<dyn Any + Send + Sync>,
+    /// The effective options and routes, defaults filled in.
+    pub effective: Value,
+}
+
+/// The configurer of a protocol.
+#[must_use]
+pub fn configurer<P: Protocol>() -> Box<dyn Configure> {
+    Box::new(Configurer::<P>(PhantomData))
+}
+
+struct Configurer<P>(PhantomData<fn() -> P>);
+
+impl<P: Protocol> Configure for Configurer<P> {
+    fn name(&self) -> &'static str {
+        P::NAME
+    }
+
+    fn transports(&self) -> &'static [Transport] {
+        P::TRANSPORTS
+    }
+
+    fn links(&self) -> Links {
+        P::LINKS
+    }
+
+    fn probes(&self) -> &'static [&'static str] {
+        P::PROBES
+    }
+
+    fn session_keys(&self) -> &'static [&'static str] {
+        P::SESSION_KEYS
+    }
+
+    fn configure(
+        &self,
+        scope: Scope<Value>,
+        options: &Value,
+    ) -> Result<Configured, Vec<OptionsError>> {
+        let mut errors = Vec::new();
+        let options =
+            read::<P::Options>(options, "options", &known_keys::<P::Options>(), &mut errors);
+        let mut routes: Vec<(P::Match, PoolId)> = Vec::new();
+        let match_keys = known_keys::<P::Match>();
+        for (index, (value, pool)) in scope.routes.iter().enumerate() {
+            let path = format!("routes[{index}].match");
+            if let Some(matching) = read::<P::Match>(value, &path, &match_keys, &mut errors) {
+                routes.push((matching, *pool));
+            }
+        }
+        let Some(options) = options.filter(|_| errors.is_empty()) else { return Err(errors) };
+        let Scope { listener, node, realm, sockets, pool, .. } = scope;
+        let scope = Scope { listener, node, realm, sockets, routes, pool };
+        let wrong = P::check(&scope, &options).into_iter().map(|error| {
+            let of_options = !error.path.is_empty() && !error.path.starts_with("routes[");
+            OptionsError {
+                path: if of_options { format!("options.{}", error.path) } else { error.path },
+                ..error
+            }
+        });
+        errors.extend(wrong);
+        if !errors.is_empty() {
+            return Err(errors);
+        }
+        let matches: Vec<Value> = scope.routes.iter().map(|(matching, _)| json(matching)).collect();
+        let effective = serde_json::json!({ "options": json(&options), "matches": matches });
+        Ok(Configured { setup: Arc::new(Setup::<P> { scope, options }), effective })
+    }
+
+    fn schemas(&self, generator: &mut schemars::SchemaGenerator) -> (Value, Value) {
+        let options = generator.subschema_for::<P::Options>();
+        let matching = generator.subschema_for::<P::Match>();
+        (json(&options), json(&matching))
+    }
+
+    fn probe(&self, name: &str) -> Option<Box<dyn Probe>> {
+        P::probe(name)
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Value {
+    // Options are maps of plain values; they always have a JSON form.
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+/// The keys that a type's schema knows.
+fn known_keys<T: schemars::JsonSchema>() -> Vec<String> {
+    let schema = schemars::schema_for!(T).to_value();
+    let properties = schema.get("properties").and_then(Value::as_object);
+    properties.map(|properties| properties.keys().cloned().collect()).unwrap_or_default()
+}
+
+/// Reads a map key by key, so that each wrong one is named.
+fn read<T: DeserializeOwned>(
+    value: &Value,
+    path: &str,
+    known: &[String],
+    errors: &mut Vec<OptionsError>,
+) -> Option<T> {
+    let empty = Map::new();
+    let map = match value {
+        Value::Object(map) => map,
+        Value::Null => &empty,
+        _ => {
+            errors
+                .push(OptionsError { path: path.to_owned(), message: "expected a map".to_owned() });
+            return None;
+        }
+    };
+    let before = errors.len();
+    for (key, value) in map {
+        let path = format!("{path}.{key}");
+        if !known.contains(key) {
+            let message = unknown("key", key, known.iter().map(String::as_str));
+            errors.push(OptionsError { path, message });
+            continue;
+        }
+        let alone = Map::from_iter([(key.clone(), value.clone())]);
+        if let Err(error) = serde_json::from_value::<T>(Value::Object(alone)) {
+            let message = error.to_string();
+            if !message.starts_with("missing field") {
+                errors.push(OptionsError { path, message });
+            }
+        }
+    }
+    if errors.len() > before {
+        return None;
+    }
+    match serde_json::from_value(Value::Object(map.clone())) {
+        Ok(read) => Some(read),
+        Err(error) => {
+            errors.push(OptionsError { path: path.to_owned(), message: error.to_string() });
+            None
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The JSON schema of a configuration, for editors. Its protocols' parts are made from their types.
+
+use serde_json::{Map, Value, json};
+
+use super::configure::Configure;
+
+/// The schema of an edge's configuration.
+#[must_use]
+pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
+    let mut generator = schemars::SchemaGenerator::default();
+    let listeners: Vec<Value> =
+        protocols.iter().map(|protocol| listener(*protocol, &mut generator)).collect();
+    let definitions: Map<String, Value> = generator.take_definitions(true).into_iter().collect();
+    let duration = json!({ "type": "string", "pattern": "^(0|([0-9]+(ms|s|m|h|d))+)$" });
+    let number = |min: u64, max: u64| json!({ "type": "integer", "minimum": min, "maximum": max });
+    let map = |properties: Value| json!({ "type": "object", "additionalProperties": false, "properties": properties });
+    let backend = json!({
+        "type": "object", "additionalProperties": false, "required": ["id", "address"],
+        "properties": {
+            "id": { "type": "string" },
+            "address": { "type": "string", "pattern": "^(udp|tcp)://" },
+            "weight": number(0, 65_535), "priority": number(0, 65_535), "capacity": number(1, 100_000_000),
+            "origin_host": { "type": "string" }, "generation": number(0, u64::from(u32::MAX)),
+            "state": { "enum": ["ready", "starting", "canary", "suspended", "draining"] }
+        }
+    });
+    let pool = map(json!({
+        "balance": { "enum": ["hash", "least-loaded", "weighted-random", "round-robin", "priority"] },
+        "bounded_load": number(101, 1_000),
+        "session": map(json!({ "key": { "type": "string" }, "ttl": duration })),
+        "health": map(json!({ "probe": { "type": ["string", "null"] }, "interval": duration, "timeout": duration, "rise": number(1, 1_000), "fall": number(1, 1_000) })),
+        "outlier": map(json!({ "faults": number(0, 1_000_000), "ejection": duration, "max_percent": number(0, 100) })),
+        "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
+        "drain": map(json!({ "deadline": duration })),
+        "backends": { "type": "array", "items": backend }
+    }));
+    let class = map(json!({
+        "tier": number(0, 3), "deadline": duration, "retry": number(0, 3), "on_miss": { "enum": ["answer", "drop", "reset"] }
+    }));
+    let workers = json!({ "anyOf": [{ "const": "auto" }, number(1, 64)] });
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Strowger edge configuration",
+        "type": "object",
+        "additionalProperties": false,
+        "properties": {
+            "version": { "const": 1 },
+            "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30) })),
+            "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] } })),
+            "registry": map(json!({ "state_file": { "type": "null" }, "lease": { "type": "null" } })),
+            "watch": { "type": "array", "items": { "type": "string" } },
+            "classes": { "type": "object", "additionalProperties": class },
+            "listeners": { "type": "array", "items": { "oneOf": listeners } },
+            "pools": { "type": "object", "additionalProperties": pool }
+        },
+        "$defs": definitions
+    })
+}
+
+fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator) -> Value {
+    let (options, matching) = protocol.schemas(generator);
+    let duration = json!({ "type": "string", "pattern": "^(0|([0-9]+(ms|s|m|h|d))+)$" });
+    let bind = json!({ "anyOf": [
+        { "type": "string" },
+        { "type": "object", "additionalProperties": false, "required": ["address"],
+          "properties": { "address": { "type": "string" }, "advertise": { "type": "string" } } }
+    ] });
+    json!({
+        "type": "object",
+        "additionalProperties": false,
+        "required": ["name", "protocol", "bind"],
+        "properties": {
+            "name": { "type": "string" },
+            "protocol": { "const": protocol.name() },
+            "bind": { "anyOf": [bind, { "type": "array", "items": bind }] },
+            "pool": { "type": "string" },
+            "routes": { "type": "array", "items": {
+                "type": "object", "additionalProperties": false, "required": ["pool"],
+                "properties": { "match": matching, "pool": { "type": "string" } } } },
+            "options": options,
+            "limits": { "type": "object", "additionalProperties": false, "properties": {
+                "connections": { "type": "integer", "minimum": 1 },
+                "queued_bytes": { "type": "integer", "minimum": 4096 },
+                "idle": duration, "connect": duration } }
+        }
+    })
+}

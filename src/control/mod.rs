@@ -1,0 +1,7 @@
+//! The control side: configuration, health probes, admin HTTP. It runs on its own thread and never
+//! on a worker's.
+
+pub mod admin;
+pub mod config;
+pub mod probes;
+pub mod watch;

@@ -28,7 +28,8 @@ use crate::runtime::{BindFailure, Fleet};
 const TICK: Duration = Duration::from_millis(100);
 
 /// The spaces of all protocols' session names, for look-ups by name.
-const SESSION_SPACES: [u8; 3] = [strowger_sip::SPACE, strowger_sip::SPACE + 1, strowger_tcp::SPACE];
+const SESSION_SPACES: [u8; 4] =
+    [strowger_sip::SPACE, strowger_sip::SPACE + 1, strowger_diameter::SPACE, strowger_tcp::SPACE];
 
 /// Where a configuration comes from.
 #[derive(Clone, Debug)]

@@ -16,7 +16,10 @@ impl Protocols {
     /// SIP, Diameter, raw TCP.
     #[must_use]
     pub fn standard() -> Self {
-        Self::default().with::<strowger_sip::Sip>().with::<strowger_tcp::Tcp>()
+        Self::default()
+            .with::<strowger_sip::Sip>()
+            .with::<strowger_diameter::Diameter>()
+            .with::<strowger_tcp::Tcp>()
     }
 
     /// One more.

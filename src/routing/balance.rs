@@ -207,8 +207,8 @@ mod tests {
         assert_eq!((order, picks), (PUBLISHED_ORDER.to_vec(), PUBLISHED_PICKS.to_vec()));
     }
 
-    const PUBLISHED_ORDER: [usize; 12] = [0; 12];
-    const PUBLISHED_PICKS: [usize; 12] = [0; 12];
+    const PUBLISHED_ORDER: [usize; 12] = [0, 0, 4, 0, 4, 3, 0, 3, 4, 2, 2, 3];
+    const PUBLISHED_PICKS: [usize; 12] = [3, 1, 0, 1, 2, 2, 1, 3, 0, 4, 4, 0];
 
     #[test]
     fn maglev_is_even_weighted_and_steady() {

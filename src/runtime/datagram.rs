@@ -183,6 +183,7 @@ mod tests {
         let far = bound();
         let to = far.local_addr().expect("bound");
         let port = DatagramPort::new(bound(), 0).expect("in a runtime");
+        port.socket.writable().await.expect("a socket");
         let mut outbox = Outbox::new();
         for length in [10, 70_000, 20] {
             let endpoint = Endpoint::Datagram { socket: 0, remote: to };

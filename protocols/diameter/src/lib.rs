@@ -1,1 +1,66 @@
-//! placeholder
+//! Diameter: views over messages, the peer machine, and a relay (RFC 6733, 3539).
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`avp`] | header and AVPs, every length checked |
+//! | [`frame`] | cuts streams |
+//! | [`build`] | messages of our own |
+//! | `peer` | CER, DWR, DPR with clients and backends |
+//! | `pending` | requests under way, by Hop-by-Hop identifier |
+//! | `relay` | requests and answers on their way |
+//! | `answer` | errors in Diameter's words |
+#![forbid(unsafe_code)]
+
+mod answer;
+pub mod avp;
+pub mod build;
+mod engine;
+pub mod frame;
+pub mod options;
+mod peer;
+mod pending;
+mod relay;
+pub mod rewrite;
+
+use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Transport};
+
+pub use engine::DiameterEngine;
+pub use frame::DiameterFramer;
+pub use options::{Application, DiameterMatch, DiameterOptions};
+
+/// The space of Session-Ids among session keys; client identities are in the one after it.
+pub const SPACE: u8 = 5;
+
+/// The protocol.
+#[derive(Debug)]
+pub struct Diameter;
+
+impl Protocol for Diameter {
+    const NAME: &'static str = "diameter";
+    const TRANSPORTS: &'static [Transport] = &[Transport::Tcp];
+    const LINKS: Links = Links::Single;
+    /// The link's own watchdog is the health check.
+    const PROBES: &'static [&'static str] = &[];
+    const SESSION_KEYS: &'static [&'static str] = &["session-id"];
+
+    type Options = DiameterOptions;
+    type Match = DiameterMatch;
+    type Framer = DiameterFramer;
+    type Engine = DiameterEngine;
+
+    fn check(scope: &Scope<DiameterMatch>, options: &DiameterOptions) -> Vec<OptionsError> {
+        options::check(scope, options)
+    }
+
+    fn engine(context: &Context<'_, Self>) -> DiameterEngine {
+        DiameterEngine::new(context)
+    }
+
+    fn reconfigure(engine: &mut DiameterEngine, context: &Context<'_, Self>) {
+        engine.reconfigure(context);
+    }
+
+    fn probe(_: &str) -> Option<Box<dyn Probe>> {
+        None
+    }
+}

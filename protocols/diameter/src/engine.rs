@@ -1,0 +1,234 @@
+//! The relay of one worker: what comes in goes to peers' upkeep or on its way.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use strowger_contract::{
+    BackendId, Context, Endpoint, Engine, FlowId, Message, Outbox, PeerChange, PoolId, Refusal,
+    Route, Router, Ticket, Wheel, WorkerId,
+};
+
+use crate::Diameter;
+use crate::answer::Identity;
+use crate::options::{DiameterMatch, DiameterOptions};
+use crate::peer::Peer;
+use crate::pending::Pendings;
+
+/// How often peers are looked after, at most.
+const UPKEEP_MIN: Duration = Duration::from_millis(20);
+const UPKEEP_MAX: Duration = Duration::from_secs(1);
+
+/// What the configuration says.
+pub(crate) struct Settings {
+    pub(crate) options: DiameterOptions,
+    pub(crate) realm: String,
+    pub(crate) routes: Vec<(DiameterMatch, Vec<u32>, PoolId)>,
+    pub(crate) pool: Option<PoolId>,
+    pub(crate) pools: Vec<PoolId>,
+    pub(crate) worker: WorkerId,
+    pub(crate) workers: u8,
+    pub(crate) started: u32,
+}
+
+impl Settings {
+    fn new(context: &Context<'_, Diameter>) -> Self {
+        let (options, scope) = (context.options.clone(), context.scope);
+        let numbers = |route: &DiameterMatch| {
+            route.application.iter().filter_map(crate::options::Application::number).collect()
+        };
+        let routes: Vec<_> = scope
+            .routes
+            .iter()
+            .map(|(route, pool)| (route.clone(), numbers(route), *pool))
+            .collect();
+        let mut pools: Vec<PoolId> =
+            routes.iter().map(|(.., pool)| *pool).chain(scope.pool).collect();
+        pools.sort();
+        pools.dedup();
+        Self {
+            realm: if options.origin_realm.is_empty() {
+                scope.realm.clone()
+            } else {
+                options.origin_realm.clone()
+            },
+            options,
+            routes,
+            pool: scope.pool,
+            pools,
+            worker: context.worker,
+            workers: context.workers,
+            started: context.started,
+        }
+    }
+
+    pub(crate) fn identity(&self) -> Identity<'_> {
+        Identity { host: &self.options.origin_host, realm: &self.realm }
+    }
+
+    /// The pool of the first route that matches, else the listener's.
+    pub(crate) fn pool_for(
+        &self,
+        application: u32,
+        command: u32,
+        realm: &[u8],
+        host: &[u8],
+    ) -> Option<PoolId> {
+        let is = |wanted: &Option<String>, found: &[u8]| {
+            wanted.as_ref().is_none_or(|wanted| found.eq_ignore_ascii_case(wanted.as_bytes()))
+        };
+        let matches = |(route, applications, _): &&(DiameterMatch, Vec<u32>, PoolId)| {
+            (applications.is_empty() || applications.contains(&application))
+                && (route.command.is_empty() || route.command.contains(&command))
+                && is(&route.realm, realm)
+                && is(&route.destination_host, host)
+        };
+        self.routes.iter().find(matches).map(|(.., pool)| *pool).or(self.pool)
+    }
+
+    pub(crate) fn is_us(&self, host: &[u8]) -> bool {
+        host.eq_ignore_ascii_case(self.options.origin_host.as_bytes())
+    }
+}
+
+/// The relay of one worker.
+pub struct DiameterEngine {
+    pub(crate) settings: Settings,
+    pub(crate) clients: HashMap<FlowId, Peer>,
+    pub(crate) backends: HashMap<BackendId, Peer>,
+    pub(crate) pending: Pendings,
+    pub(crate) wheel: Option<Wheel>,
+    pub(crate) next_upkeep: Option<Instant>,
+    /// The last End-to-End identifier of our own requests.
+    pub(crate) end_to_end: u32,
+    pub(crate) draining: bool,
+    pub(crate) lower: Vec<u8>,
+    due: Vec<u64>,
+    /// Spreads watchdogs.
+    pub(crate) dice: u64,
+}
+
+impl DiameterEngine {
+    pub(crate) fn new(context: &Context<'_, Diameter>) -> Self {
+        Self {
+            settings: Settings::new(context),
+            clients: HashMap::new(),
+            backends: HashMap::new(),
+            pending: Pendings::new(context.worker),
+            wheel: None,
+            next_upkeep: None,
+            // RFC 6733 3: the high bits from the time, so that they do not repeat after a restart.
+            end_to_end: context.started << 20 | (context.seed as u32 & 0x000f_ffff),
+            draining: false,
+            lower: Vec::new(),
+            due: Vec::new(),
+            dice: context.seed | 1,
+        }
+    }
+
+    pub(crate) fn reconfigure(&mut self, context: &Context<'_, Diameter>) {
+        self.settings = Settings::new(context);
+    }
+
+    /// The peer at the other end, if it has one's machine here.
+    pub(crate) fn peer(&mut self, endpoint: Endpoint) -> Option<&mut Peer> {
+        match endpoint {
+            Endpoint::Client(flow) => self.clients.get_mut(&flow),
+            Endpoint::Backend(backend) => self.backends.get_mut(&backend),
+            _ => None,
+        }
+    }
+
+    /// What the peer calls itself; requests bear it onward.
+    pub(crate) fn identity_of(&mut self, endpoint: Endpoint) -> Option<Rc<[u8]>> {
+        self.peer(endpoint).map(|peer| Rc::clone(&peer.host))
+    }
+
+    pub(crate) fn schedule(&mut self, now: Instant, at: Instant, identifier: u32) {
+        self.wheel.get_or_insert_with(|| Wheel::new(now)).insert(at, u64::from(identifier));
+    }
+
+    pub(crate) fn arm_upkeep(&mut self, now: Instant) {
+        let step = (self.settings.options.watchdog.0 / 8).clamp(UPKEEP_MIN, UPKEEP_MAX);
+        self.next_upkeep.get_or_insert(now + step);
+    }
+}
+
+impl Engine for DiameterEngine {
+    fn on_message(
+        &mut self,
+        now: Instant,
+        message: Message<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        self.dispatch(now, &message, router, out);
+    }
+
+    fn on_granted(&mut self, _: Instant, _: Ticket, _: Route, _: &mut dyn Router, _: &mut Outbox) {}
+
+    fn on_refused(
+        &mut self,
+        _: Instant,
+        _: Ticket,
+        _: Refusal,
+        _: &mut dyn Router,
+        _: &mut Outbox,
+    ) {
+    }
+
+    fn on_peer(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        change: PeerChange,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        match (peer, change) {
+            (_, PeerChange::Opened { remote, local, .. }) => {
+                self.on_opened(now, peer, remote, local, router, out)
+            }
+            (Endpoint::Client(flow), PeerChange::Closed(_)) => self.on_client_gone(flow, router),
+            (Endpoint::Backend(backend), PeerChange::Closed(_)) => {
+                self.on_backend_gone(now, backend, router, out)
+            }
+            (Endpoint::Backend(backend), PeerChange::Retired) => {
+                self.on_retired(now, backend, router, out)
+            }
+            _ => {}
+        }
+    }
+
+    fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {
+        let mut due = std::mem::take(&mut self.due);
+        if let Some(wheel) = &mut self.wheel {
+            wheel.advance(now, |key| due.push(key));
+        }
+        for key in due.drain(..) {
+            self.on_expired(now, key as u32, router, out);
+        }
+        self.due = due;
+        if self.next_upkeep.is_some_and(|at| at <= now) {
+            self.next_upkeep = None;
+            self.look_after_peers(now, router, out);
+            if !self.clients.is_empty() || !self.backends.is_empty() {
+                self.arm_upkeep(now);
+            }
+        }
+    }
+
+    fn next_timeout(&self) -> Option<Instant> {
+        let wheel = self.wheel.as_ref().and_then(Wheel::next);
+        [wheel, self.next_upkeep].into_iter().flatten().min()
+    }
+
+    fn on_drain(&mut self, now: Instant, _: &mut dyn Router, _: &mut Outbox) {
+        self.draining = true;
+        self.arm_upkeep(now);
+    }
+
+    fn in_progress(&self) -> usize {
+        self.pending.len()
+    }
+}

@@ -1,0 +1,149 @@
+//! Requests under way, by the Hop-by-Hop identifier that we gave them.
+//!
+//! The identifier is 6 bits of worker, 8 of generation, 18 of slot: the answer says by itself which
+//! worker waits for it, and one that comes late finds another generation.
+
+use std::time::Instant;
+
+use strowger_contract::{BackendId, ClassId, Endpoint, PoolId, SessionKey, WorkerId};
+
+/// Slots of one worker.
+pub const SLOTS_MAX: u32 = 1 << 18;
+
+/// How many backends one request may be tried at.
+pub(crate) const TRIES_MAX: usize = 4;
+
+/// Buffers that are kept for reuse, and the largest that is.
+const BUFFERS_KEPT: usize = 4_096;
+const BUFFER_KEPT_BYTES: usize = 8 << 10;
+
+/// Freed slots that rest before the oldest is used again: late answers find nothing.
+const SLOTS_RESTING: usize = 1_024;
+
+/// A request under way.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    /// Who asked, and its own identifier.
+    pub(crate) origin: Endpoint,
+    pub(crate) hop_by_hop: u32,
+    /// Who was asked.
+    pub(crate) to: Endpoint,
+    /// The backend that the router awaits an outcome of.
+    pub(crate) backend: Option<BackendId>,
+    pub(crate) pool: Option<PoolId>,
+    pub(crate) session: Option<SessionKey>,
+    pub(crate) ends_session: bool,
+    pub(crate) in_session: bool,
+    /// The client named its server: nobody else will do.
+    pub(crate) fixed: bool,
+    pub(crate) application: u32,
+    pub(crate) class: ClassId,
+    pub(crate) arrived: Instant,
+    pub(crate) deadline: Instant,
+    pub(crate) expires: Instant,
+    pub(crate) sent: Instant,
+    pub(crate) tried: [BackendId; TRIES_MAX],
+    pub(crate) tries: u8,
+    /// The request as it came, for another try.
+    pub(crate) request: Vec<u8>,
+}
+
+/// All requests under way on one worker.
+#[derive(Debug)]
+pub(crate) struct Pendings {
+    worker: WorkerId,
+    slots: Vec<(u8, Option<Pending>)>,
+    free: std::collections::VecDeque<u32>,
+    buffers: Vec<Vec<u8>>,
+    len: usize,
+}
+
+impl Pendings {
+    pub(crate) fn new(worker: WorkerId) -> Self {
+        Self {
+            worker,
+            slots: Vec::new(),
+            free: std::collections::VecDeque::new(),
+            buffers: Vec::new(),
+            len: 0,
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Which worker gave an identifier.
+    pub(crate) fn worker_of(identifier: u32) -> WorkerId {
+        WorkerId((identifier >> 26) as u8)
+    }
+
+    fn identifier(&self, generation: u8, slot: u32) -> u32 {
+        u32::from(self.worker.0) << 26 | u32::from(generation) << 18 | slot
+    }
+
+    /// A buffer with a copy of `bytes`.
+    pub(crate) fn buffer(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut buffer = self.buffers.pop().unwrap_or_default();
+        buffer.extend_from_slice(bytes);
+        buffer
+    }
+
+    /// Takes a request in; its identifier. `None` if `limit` are under way.
+    pub(crate) fn insert(&mut self, pending: Pending, limit: u32) -> Result<u32, Pending> {
+        if self.len >= limit.min(SLOTS_MAX) as usize {
+            return Err(pending);
+        }
+        // The slot that was freed longest ago: its old answers have had the longest time to come.
+        let reuse = self.free.len() > SLOTS_RESTING || self.slots.len() >= SLOTS_MAX as usize;
+        let slot = if reuse { self.free.pop_front() } else { None };
+        let slot = slot.unwrap_or_else(|| {
+            self.slots.push((0, None));
+            (self.slots.len() - 1) as u32
+        });
+        let entry = &mut self.slots[slot as usize];
+        entry.0 = entry.0.wrapping_add(1);
+        entry.1 = Some(pending);
+        self.len += 1;
+        let generation = entry.0;
+        Ok(self.identifier(generation, slot))
+    }
+
+    fn slot(&self, identifier: u32) -> Option<usize> {
+        let slot = (identifier & (SLOTS_MAX - 1)) as usize;
+        let entry = self.slots.get(slot)?;
+        let same = identifier == self.identifier(entry.0, slot as u32) && entry.1.is_some();
+        same.then_some(slot)
+    }
+
+    pub(crate) fn get(&mut self, identifier: u32) -> Option<&mut Pending> {
+        let slot = self.slot(identifier)?;
+        self.slots[slot].1.as_mut()
+    }
+
+    /// Takes a request out.
+    pub(crate) fn remove(&mut self, identifier: u32) -> Option<Pending> {
+        let slot = self.slot(identifier)?;
+        let pending = self.slots[slot].1.take()?;
+        self.free.push_back(slot as u32);
+        self.len -= 1;
+        Some(pending)
+    }
+
+    /// Gives a request's buffer back.
+    pub(crate) fn recycle(&mut self, mut buffer: Vec<u8>) {
+        if buffer.capacity() <= BUFFER_KEPT_BYTES && self.buffers.len() < BUFFERS_KEPT {
+            buffer.clear();
+            self.buffers.push(buffer);
+        }
+    }
+
+    /// The identifiers of those for whom `wanted` holds.
+    pub(crate) fn find(&self, wanted: impl Fn(&Pending) -> bool) -> Vec<u32> {
+        let each = |(slot, entry): (usize, &(u8, Option<Pending>))| {
+            let pending = entry.1.as_ref()?;
+            wanted(pending).then(|| self.identifier(entry.0, slot as u32))
+        };
+        self.slots.iter().enumerate().filter_map(each).collect()
+    }
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use crate::control::config::{ConfigError, Loaded};
+use crate::control::config::ConfigError;
 
 /// Which edge to talk to.
 #[derive(clap::Args, Clone, Debug)]
@@ -220,69 +220,4 @@ pub fn with_snippet(error: &ConfigError) -> String {
         }
         None => error.to_string(),
     }
-}
-
-/// What a configuration means.
-#[must_use]
-pub fn explain(loaded: &Loaded) -> String {
-    let millis = |time: Duration| strowger_contract::duration::format(time);
-    let pools: Vec<Value> = loaded
-        .spec
-        .pools
-        .iter()
-        .map(|pool| {
-            let backends: Vec<Value> = pool
-                .backends
-                .iter()
-                .map(|backend| {
-                    json!({
-                        "id": backend.id, "address": format!("{}://{}", backend.transport.scheme(), backend.address),
-                        "weight": backend.weight, "priority": backend.priority, "capacity": backend.capacity,
-                        "origin_host": backend.identity, "state": backend.state.word(),
-                    })
-                })
-                .collect();
-            json!({
-                "name": pool.name, "balance": format!("{:?}", pool.balance), "bounded_load": pool.bounded_load,
-                "session": { "key": pool.session_key, "ttl": millis(pool.session_ttl) },
-                "health": {
-                    "probe": pool.health.probe, "interval": millis(pool.health.interval), "timeout": millis(pool.health.timeout),
-                    "rise": pool.health.rise, "fall": pool.health.fall,
-                },
-                "outlier": {
-                    "faults": pool.health.outlier_faults, "ejection": millis(pool.health.outlier_ejection),
-                    "max_percent": pool.health.outlier_max_percent,
-                },
-                "slow_start": millis(pool.slow_start), "debounce": millis(pool.debounce),
-                "drain": { "deadline": millis(pool.drain_deadline) }, "panic_percent": pool.panic_percent,
-                "needs_link": pool.needs_link, "backends": backends,
-            })
-        })
-        .collect();
-    let classes: Vec<Value> = loaded
-        .spec
-        .classes
-        .iter()
-        .map(|class| json!({ "name": class.name, "tier": class.tier, "deadline": class.deadline.map(millis), "retry": class.retry }))
-        .collect();
-    let listeners: Vec<Value> = loaded
-        .spec
-        .listeners
-        .iter()
-        .map(|listener| {
-            let bind: Vec<String> = listener.sockets.iter().map(|socket| format!("{}://{}", socket.transport.scheme(), socket.address)).collect();
-            let effective = loaded.effective.iter().find(|(name, _)| *name == listener.name).map(|(_, value)| value.clone());
-            let limits = &listener.limits;
-            json!({
-                "name": listener.name, "protocol": listener.protocol, "bind": bind, "protocol_options": effective,
-                "limits": { "connections": limits.connections, "queued_bytes": limits.queued_bytes, "idle": millis(limits.idle), "connect": millis(limits.connect) },
-            })
-        })
-        .collect();
-    let all = json!({
-        "node": { "name": loaded.spec.node.name, "realm": loaded.spec.node.realm, "workers": loaded.node.workers, "sessions_max": loaded.node.sessions_max },
-        "admin": { "listen": loaded.admin.listen.to_string() },
-        "classes": classes, "listeners": listeners, "pools": pools, "warnings": loaded.warnings,
-    });
-    serde_json::to_string_pretty(&all).unwrap_or_default()
 }

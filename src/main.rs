@@ -41,7 +41,7 @@ enum Command {
         #[arg(required = true, value_name = "PATH")]
         paths: Vec<PathBuf>,
     },
-    /// Print what a configuration means, defaults filled in, as JSON.
+    /// Print what a configuration means: each value, and the line it comes from or `default`.
     Explain {
         /// Files or directories, read together as one configuration.
         #[arg(required = true, value_name = "PATH")]
@@ -125,7 +125,7 @@ impl Command {
             }
             Self::Check { paths } => return Ok(check(&paths)),
             Self::Explain { paths } => match load(&paths) {
-                Ok(loaded) => println!("{}", cli::explain(&loaded)),
+                Ok(loaded) => print!("{}", config::explain(&loaded)),
                 Err(errors) => bail!("{errors}"),
             },
             Self::Schema { of: _ } => println!("{}", schema()?),

@@ -42,8 +42,10 @@ pub trait Configure: Send + Sync {
 pub struct Configured {
     /// `Setup<P>`.
     pub setup: Arc<dyn Any + Send + Sync>,
-    /// The effective options and routes, defaults filled in.
-    pub effective: Value,
+    /// Its options, defaults filled in.
+    pub options: Value,
+    /// Its routes' matches, likewise.
+    pub matches: Vec<Value>,
 }
 
 /// The configurer of a protocol.
@@ -105,9 +107,9 @@ impl<P: Protocol> Configure for Configurer<P> {
         if !errors.is_empty() {
             return Err(errors);
         }
-        let matches: Vec<Value> = scope.routes.iter().map(|(matching, _)| json(matching)).collect();
-        let effective = serde_json::json!({ "options": json(&options), "matches": matches });
-        Ok(Configured { setup: Arc::new(Setup::<P> { scope, options }), effective })
+        let matches = scope.routes.iter().map(|(matching, _)| json(matching)).collect();
+        let told = json(&options);
+        Ok(Configured { setup: Arc::new(Setup::<P> { scope, options }), options: told, matches })
     }
 
     fn schemas(&self, generator: &mut schemars::SchemaGenerator) -> (Value, Value) {
@@ -162,7 +164,7 @@ fn read<T: DeserializeOwned>(
         if let Err(error) = serde_json::from_value::<T>(Value::Object(alone)) {
             let message = error.to_string();
             if !message.starts_with("missing field") {
-                errors.push(OptionsError { path, message });
+                errors.push(OptionsError { path, message: plain(&message) });
             }
         }
     }
@@ -172,8 +174,52 @@ fn read<T: DeserializeOwned>(
     match serde_json::from_value(Value::Object(map.clone())) {
         Ok(read) => Some(read),
         Err(error) => {
-            errors.push(OptionsError { path: path.to_owned(), message: error.to_string() });
+            let message = plain(&error.to_string());
+            errors.push(OptionsError { path: path.to_owned(), message });
             None
         }
     }
+}
+
+/// A message of serde, in the words that all other errors have.
+fn plain(message: &str) -> String {
+    for (prefix, what) in [("unknown variant `", "value"), ("unknown field `", "key")] {
+        if let Some((found, expected)) =
+            message.strip_prefix(prefix).and_then(|rest| rest.split_once("`, expected "))
+        {
+            return unknown(what, found, expected.split('`').skip(1).step_by(2));
+        }
+    }
+    let wrong = ["invalid type: ", "invalid value: "];
+    let parts = wrong.iter().find_map(|prefix| message.strip_prefix(prefix));
+    if let Some((found, expected)) = parts.and_then(|rest| rest.split_once(", expected ")) {
+        return format!("expected {}, found {}", in_words(expected), in_words(found));
+    }
+    if message.starts_with("data did not match any variant") {
+        return "is of a type that does not fit here".to_owned();
+    }
+    message.to_owned()
+}
+
+/// Types of serde and of Rust, as people call them.
+fn in_words(what: &str) -> String {
+    let word = match what {
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        "sequence" => "a list",
+        "map" => "a map",
+        "null" => "nothing",
+        "a string" | "a borrowed string" => "text",
+        "u8" => "a whole number from 0 to 255",
+        "u16" => "a whole number from 0 to 65535",
+        "u32" => "a whole number from 0 to 4294967295",
+        "u64" | "usize" => "a whole number",
+        _ if what.starts_with("struct ") => "a map",
+        _ => {
+            let kinds = ["string ", "integer ", "floating point ", "boolean "];
+            let value = kinds.iter().find_map(|kind| what.strip_prefix(kind));
+            return value.unwrap_or(what).replace('"', "`");
+        }
+    };
+    word.to_owned()
 }

@@ -5,21 +5,30 @@
 //! | `tree` | YAML with the place of every value |
 //! | `read` | values out of the tree; collects what is wrong |
 //! | `build` | what the values mean together |
+//! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
 //! | `configure` | a protocol's own options |
 //! | `schema` | the JSON schema |
+//! | `explain` | effective values and where they come from |
 
 mod build;
+mod classes;
 mod configure;
+mod endpoint;
+mod explain;
+mod listeners;
+mod node;
+mod pools;
 mod read;
 mod schema;
 mod tree;
 
 use std::fmt;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-pub use build::{AdminSettings, Loaded, NodeSettings};
+pub use build::Loaded;
 pub use configure::{Configure, Configured, configurer};
+pub use explain::explain;
+pub use node::{AdminSettings, NodeSettings};
 pub use schema::edge_schema;
 
 use crate::routing::PoolNames;
@@ -170,11 +179,9 @@ pub fn load(
                     .to_owned(),
         });
     }
-    let loaded = build.finish(&mut reader);
+    let mut loaded = build.finish(&mut reader);
     let mut errors = reader.errors;
-    if errors.is_empty()
-        && let Some(mut loaded) = loaded
-    {
+    if errors.is_empty() {
         loaded.sources = sources.to_vec();
         return Ok(loaded);
     }
@@ -183,10 +190,4 @@ pub fn load(
     });
     errors.dedup();
     Err(ConfigErrors(errors))
-}
-
-/// Whether an address is this host's alone.
-#[must_use]
-pub fn is_loopback(address: SocketAddr) -> bool {
-    address.ip().is_loopback()
 }

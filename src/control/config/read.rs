@@ -13,6 +13,8 @@ use super::tree::{Entry, Kind, Node};
 pub(super) struct Reader {
     pub(super) file: String,
     pub(super) errors: Vec<ConfigError>,
+    /// Not wrong, but perhaps not meant.
+    pub(super) warnings: Vec<String>,
 }
 
 /// A map whose keys are known.
@@ -26,7 +28,24 @@ pub(super) struct Fields<'a> {
 impl Reader {
     /// Notes an error at a node.
     pub(super) fn wrong(&mut self, node: &Node, path: &str, message: impl Into<String>) {
+        self.wrong_at(node.line, node.column, path, message);
+    }
+
+    /// Notes an error at a place in the file.
+    pub(super) fn wrong_at(
+        &mut self,
+        line: usize,
+        column: usize,
+        path: &str,
+        message: impl Into<String>,
+    ) {
         let (file, path, message) = (self.file.clone(), path.to_owned(), message.into());
+        self.errors.push(ConfigError { file, line, column, path, message });
+    }
+
+    /// Notes an error at a node of another file.
+    pub(super) fn wrong_in(&mut self, file: &str, node: &Node, path: &str, message: String) {
+        let (file, path) = (file.to_owned(), path.to_owned());
         self.errors.push(ConfigError { file, line: node.line, column: node.column, path, message });
     }
 
@@ -46,16 +65,8 @@ impl Reader {
             }
         };
         for entry in entries.iter().filter(|entry| !known.contains(&entry.key.as_str())) {
-            let file = self.file.clone();
             let message = unknown("key", &entry.key, known.iter().copied());
-            let path = join(path, &entry.key);
-            self.errors.push(ConfigError {
-                file,
-                line: entry.line,
-                column: entry.column,
-                path,
-                message,
-            });
+            self.wrong_at(entry.line, entry.column, &join(path, &entry.key), message);
         }
         Some(Fields { node, entries, path })
     }
@@ -165,6 +176,25 @@ impl<'a> Fields<'a> {
             reader.wrong(self.node, self.path, format!("`{key}` is missing"));
         }
         found
+    }
+
+    /// The value of a key, for messages: the map itself if it is absent.
+    pub(super) fn node_of(&self, key: &str) -> &'a Node {
+        self.get(key).unwrap_or(self.node)
+    }
+
+    /// Says that a key of a later release was found.
+    pub(super) fn unsupported(&self, reader: &mut Reader, key: &str, what: &str) {
+        if let Some(node) = self.get(key) {
+            let message = format!("{what} not supported in this version; remove `{key}`");
+            reader.wrong(node, &self.path_of(key), message);
+        }
+    }
+
+    /// Text that must be there.
+    pub(super) fn need_text(&self, reader: &mut Reader, key: &str) -> Option<String> {
+        let node = self.need(reader, key)?;
+        reader.text(node, &self.path_of(key))
     }
 
     pub(super) fn path_of(&self, key: &str) -> String {

@@ -70,24 +70,67 @@ impl Node {
 
     /// The value at a path such as `a.b[2]`, as far as it goes.
     pub(super) fn at(&self, path: &str) -> &Self {
-        let mut node = self;
+        self.walk(path).0
+    }
+
+    /// Line and column of the value at a path, as far as it goes, or of its key.
+    pub(super) fn place(&self, path: &str, of_key: bool) -> (usize, usize) {
+        let (node, key) = self.walk(path);
+        key.filter(|_| of_key).unwrap_or((node.line, node.column))
+    }
+
+    /// Whether it holds no other values.
+    pub(super) fn is_scalar(&self) -> bool {
+        !matches!(self.kind, Kind::List(_) | Kind::Map(_))
+    }
+
+    /// How many values it holds.
+    pub(super) fn len(&self) -> usize {
+        match &self.kind {
+            Kind::List(list) => list.len(),
+            Kind::Map(entries) => entries.len(),
+            _ => 0,
+        }
+    }
+
+    /// The value at exactly this path.
+    pub(super) fn find(&self, path: &[Step<'_>]) -> Option<&Self> {
+        path.iter().try_fold(self, |node, step| match (step, &node.kind) {
+            (Step::Key(key), Kind::Map(entries)) => {
+                entries.iter().find(|entry| entry.key == *key).map(|entry| &entry.value)
+            }
+            (Step::Index(index), Kind::List(list)) => list.get(*index),
+            _ => None,
+        })
+    }
+
+    fn walk(&self, path: &str) -> (&Self, Option<(usize, usize)>) {
+        let (mut node, mut key) = (self, None);
         for step in path
             .split(['.', '['])
             .map(|step| step.trim_end_matches(']'))
             .filter(|step| !step.is_empty())
         {
             let next = match &node.kind {
-                Kind::Map(entries) => {
-                    entries.iter().find(|entry| entry.key == step).map(|entry| &entry.value)
-                }
+                Kind::Map(entries) => entries.iter().find(|entry| entry.key == step).map(|entry| {
+                    key = Some((entry.line, entry.column));
+                    &entry.value
+                }),
                 Kind::List(list) => step.parse::<usize>().ok().and_then(|index| list.get(index)),
                 _ => None,
             };
             let Some(next) = next else { break };
             node = next;
         }
-        node
+        (node, key)
     }
+}
+
+/// One step of a path.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Step<'a> {
+    Key(&'a str),
+    Index(usize),
 }
 
 /// Reads a file's YAML; what is wrong goes to `errors`.

@@ -1,0 +1,81 @@
+//! QoS classes: overrides of the built-in ones, and further ones.
+
+use std::time::Duration;
+
+use strowger_contract::{Class, ClassId};
+
+use super::read::{Reader, join};
+use super::tree::Node;
+
+/// Classes, at most: they must fit the session table's byte and the metrics' labels.
+const CLASSES_MAX: usize = 64;
+
+/// RFC 3261: nobody waits longer than 64 x T1.
+const DEADLINE_MAX: Duration = Duration::from_secs(32);
+
+/// Reads `classes`.
+pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>) {
+    const KEYS: [&str; 6] = ["tier", "deadline", "retry", "share_min", "queue_max", "on_miss"];
+    for entry in reader.named(node, "classes") {
+        let path = join("classes", &entry.key);
+        let Some(fields) = reader.fields(&entry.value, &path, &KEYS) else { continue };
+        for key in ["share_min", "queue_max", "on_miss"] {
+            fields.unsupported(reader, key, "queueing is");
+        }
+        let Some(index) = place_of(reader, classes, &entry.key, &entry.value, &path) else {
+            continue;
+        };
+        let class = &mut classes[index];
+        if let Some(tier) = fields.number(reader, "tier", 0, 3)
+            && class.tier != tier as u8
+        {
+            class.tier = tier as u8;
+            reader
+                .warnings
+                .push(format!("{path}.tier orders nothing yet: this version has no queues"));
+        }
+        if let Some(deadline) = fields.duration(reader, "deadline") {
+            if deadline.is_zero() || deadline > DEADLINE_MAX {
+                reader.wrong(
+                    fields.node_of("deadline"),
+                    &fields.path_of("deadline"),
+                    "must be over 0 and at most 32s, the longest that a SIP client waits",
+                );
+            }
+            class.deadline = Some(deadline);
+        }
+        if let Some(retry) = fields.number(reader, "retry", 0, 3) {
+            class.retry = retry as u8;
+        }
+    }
+}
+
+/// The class of that name, made if there is none.
+fn place_of(
+    reader: &mut Reader,
+    classes: &mut Vec<Class>,
+    name: &str,
+    node: &Node,
+    path: &str,
+) -> Option<usize> {
+    match classes.iter().position(|class| *class.name == *name) {
+        Some(index) if index == usize::from(ClassId::CONTROL.0) => {
+            let message = "`control` is never queued or shed: it has nothing to change";
+            reader.wrong(node, path, message);
+            None
+        }
+        Some(index) => Some(index),
+        None if classes.len() >= CLASSES_MAX => {
+            reader.wrong(node, path, format!("over {CLASSES_MAX} classes"));
+            None
+        }
+        None => {
+            let template = classes.get(usize::from(ClassId::BULK.0))?.clone();
+            reader.warnings.push(format!(
+                "{path}: nothing falls into this class: no built-in one is called `{name}`"
+            ));
+            classes.push(Class { name: name.into(), ..template });
+            Some(classes.len() - 1)
+        }
+    }
+}

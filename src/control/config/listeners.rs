@@ -1,0 +1,350 @@
+//! Listeners: what is bound, and where messages go.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+
+use serde_json::{Value, json};
+use strowger_contract::{Links, LocalSocket, PoolId, Scope, Transport};
+
+use super::configure::Configure;
+use super::endpoint::{endpoint, overlap};
+use super::pools::{RawPool, TCP_CONNECT, set};
+use super::read::{Fields, Reader, join, unknown};
+use super::tree::{Kind, Node};
+use crate::routing::{ListenerLimits, ListenerSpec, NodeSpec, PoolNames};
+
+/// A listener and where it stands, until all files are read.
+pub(super) struct RawListener {
+    pub(super) file: String,
+    pub(super) node: Node,
+    pub(super) path: String,
+}
+
+/// What listeners are checked against, and against each other.
+pub(super) struct Listeners<'a> {
+    pub(super) protocols: &'a [&'a dyn Configure],
+    pub(super) ids: &'a PoolNames,
+    pub(super) node: &'a NodeSpec,
+    pub(super) pools: &'a mut [RawPool],
+    /// Effective options and matches, by listener.
+    pub(super) effective: &'a mut Vec<(String, Value)>,
+    names: HashMap<String, String>,
+    bound: HashMap<(Transport, SocketAddr), String>,
+    /// Protocols that use a pool, by the pool's name.
+    users: HashMap<String, HashSet<&'static str>>,
+}
+
+impl<'a> Listeners<'a> {
+    pub(super) fn new(
+        protocols: &'a [&'a dyn Configure],
+        ids: &'a PoolNames,
+        node: &'a NodeSpec,
+        pools: &'a mut [RawPool],
+        effective: &'a mut Vec<(String, Value)>,
+    ) -> Self {
+        let (names, bound, users) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { protocols, ids, node, pools, effective, names, bound, users }
+    }
+
+    /// Reads one listener.
+    pub(super) fn listener(
+        &mut self,
+        reader: &mut Reader,
+        raw: &RawListener,
+    ) -> Option<ListenerSpec> {
+        const KEYS: [&str; 7] = ["name", "protocol", "bind", "pool", "routes", "options", "limits"];
+        let path = raw.path.as_str();
+        let fields = reader.fields(&raw.node, path, &KEYS)?;
+        let name = fields.need_text(reader, "name");
+        let protocol = self.protocol(reader, &fields);
+        let limits = limits(reader, &fields);
+        let pool = fields.text(reader, "pool");
+        let pool = pool.filter(|name| {
+            self.is_pool(reader, fields.node_of("pool"), &fields.path_of("pool"), name)
+        });
+        let routes = self.routes(reader, &fields);
+        if fields.get("pool").is_none() && fields.get("routes").is_none() {
+            let message = "has neither `pool` nor `routes`: its messages would go nowhere";
+            reader.wrong(&raw.node, path, message);
+        }
+        let (name, protocol) = name.zip(protocol)?;
+        if let Some(first) =
+            self.names.insert(name.clone(), format!("{}:{}", raw.file, raw.node.line))
+        {
+            let message = format!("`{name}` is also the name of the listener at {first}");
+            reader.wrong(fields.node_of("name"), &fields.path_of("name"), message);
+        }
+        let sockets = self.sockets(reader, &fields, protocol, &name);
+        let mut pools: Vec<&String> =
+            pool.iter().chain(routes.iter().map(|(_, pool)| pool)).collect();
+        pools.sort();
+        pools.dedup();
+        for pool in &pools {
+            self.fit(reader, raw, protocol, pool);
+        }
+        let id = |name: &String| {
+            let known = self.pools.iter().any(|pool| pool.spec.name == *name);
+            // Names are never forgotten: one that is a mistake must not get a number.
+            if known { self.ids.id(name) } else { PoolId(u32::MAX) }
+        };
+        let ids: Vec<PoolId> = pools.iter().map(|name| id(name)).collect();
+        let scope = Scope {
+            listener: name.clone(),
+            node: self.node.name.clone(),
+            realm: self.node.realm.clone(),
+            sockets: sockets.clone(),
+            routes: routes.iter().map(|(matching, pool)| (matching.clone(), id(pool))).collect(),
+            pool: pool.as_ref().map(id),
+        };
+        let options = fields.get("options").map_or(Value::Null, Node::to_json);
+        let configured = protocol.configure(scope, &options).map_err(|errors| {
+            for error in errors {
+                let whole = join(path, &error.path);
+                let whole = whole.trim_end_matches('.');
+                let (line, column) =
+                    raw.node.place(&error.path, error.message.starts_with("unknown key"));
+                reader.wrong_at(line, column, whole, error.message);
+            }
+        });
+        let configured = configured.ok()?;
+        let routes: Vec<Value> = configured
+            .matches
+            .iter()
+            .zip(&routes)
+            .map(|(matching, (_, pool))| json!({ "match": matching, "pool": pool }))
+            .collect();
+        let effective = json!({ "options": configured.options, "routes": routes, "pool": pool });
+        // Pools are in it by name: their numbers differ from process to process.
+        let told = format!("{} {} {effective} {limits:?}", self.node.name, self.node.realm);
+        self.effective.push((name.clone(), effective));
+        Some(ListenerSpec {
+            name,
+            protocol: protocol.name(),
+            sockets,
+            pools: ids,
+            limits,
+            setup: configured.setup,
+            fingerprint: strowger_contract::stable_hash(told.as_bytes()),
+        })
+    }
+
+    fn protocol(&self, reader: &mut Reader, fields: &Fields<'_>) -> Option<&'a dyn Configure> {
+        let name = fields.need_text(reader, "protocol")?;
+        let found = self.protocols.iter().find(|known| known.name() == name).copied();
+        if found.is_none() {
+            let message =
+                unknown("protocol", &name, self.protocols.iter().map(|known| known.name()));
+            reader.wrong(fields.node_of("protocol"), &fields.path_of("protocol"), message);
+        }
+        found
+    }
+
+    fn is_pool(&self, reader: &mut Reader, node: &Node, path: &str, name: &str) -> bool {
+        let names = || self.pools.iter().map(|pool| pool.spec.name.as_str());
+        let known = names().any(|pool| pool == name);
+        if !known {
+            reader.wrong(node, path, unknown("pool", name, names()));
+        }
+        known
+    }
+
+    fn routes(&self, reader: &mut Reader, fields: &Fields<'_>) -> Vec<(Value, String)> {
+        let mut routes = Vec::new();
+        let Some(node) = fields.get("routes") else { return routes };
+        let list = fields.path_of("routes");
+        for (index, route) in reader.list(node, &list).iter().enumerate() {
+            let path = format!("{list}[{index}]");
+            let Some(route) = reader.fields(route, &path, &["match", "pool"]) else { continue };
+            let matching = route.get("match").map_or(Value::Null, Node::to_json);
+            let Some(pool) = route.need_text(reader, "pool") else { continue };
+            // Kept even if there is no such pool, so that numbers in paths stay right.
+            self.is_pool(reader, route.node_of("pool"), &route.path_of("pool"), &pool);
+            routes.push((matching, pool));
+        }
+        routes
+    }
+
+    fn sockets(
+        &mut self,
+        reader: &mut Reader,
+        fields: &Fields<'_>,
+        protocol: &dyn Configure,
+        listener: &str,
+    ) -> Vec<LocalSocket> {
+        let mut sockets = Vec::new();
+        let Some(node) = fields.need(reader, "bind") else { return sockets };
+        let list = match &node.kind {
+            Kind::List(list) => list.as_slice(),
+            _ => std::slice::from_ref(node),
+        };
+        let path = fields.path_of("bind");
+        if list.is_empty() {
+            let scheme = protocol.transports().first().map_or("tcp", |first| first.scheme());
+            let message = format!("names no address; write [{scheme}://127.0.0.1:5060]");
+            reader.wrong(node, &path, message);
+        }
+        for (index, item) in list.iter().enumerate() {
+            let path = format!("{path}[{index}]");
+            let Some((text, advertise)) = bind(reader, item, &path) else { continue };
+            let found = endpoint(&text).and_then(|(transport, address)| {
+                self.claim(protocol, listener, transport, address)
+            });
+            match found {
+                Ok((transport, address)) => {
+                    sockets.push(LocalSocket { transport, address, advertise });
+                }
+                Err(message) => reader.wrong(item, &path, message),
+            }
+        }
+        sockets
+    }
+
+    /// Notes an address as bound, if it can be.
+    fn claim(
+        &mut self,
+        protocol: &dyn Configure,
+        listener: &str,
+        transport: Transport,
+        address: SocketAddr,
+    ) -> Result<(Transport, SocketAddr), String> {
+        runs_over(protocol, transport)?;
+        let taken = self.bound.iter().find(|((kind, other), _)| {
+            (*kind == Transport::Udp) == (transport == Transport::Udp) && overlap(*other, address)
+        });
+        if let Some(((kind, other), owner)) = taken {
+            let scheme = transport.scheme();
+            return Err(format!(
+                "{scheme}://{address} is taken: listener `{owner}` binds {}://{other}",
+                kind.scheme()
+            ));
+        }
+        self.bound.insert((transport, address), listener.to_owned());
+        Ok((transport, address))
+    }
+
+    /// What a protocol means for a pool that it uses.
+    fn fit(
+        &mut self,
+        reader: &mut Reader,
+        raw: &RawListener,
+        protocol: &'a dyn Configure,
+        name: &str,
+    ) {
+        let Some(pool) = self.pools.iter_mut().find(|pool| pool.spec.name == name) else { return };
+        if !self.users.entry(name.to_owned()).or_default().insert(protocol.name()) {
+            return;
+        }
+        pool.spec.needs_link |= protocol.links() == Links::Single;
+        let mut wrong = |path: &str, message: String| {
+            let message =
+                format!("{message} ({} at {}:{} uses it)", raw.path, raw.file, raw.node.line);
+            reader.wrong_in(&pool.file, pool.at(path), &format!("pools.{name}.{path}"), message);
+        };
+        let keys = protocol.session_keys();
+        if !pool.spec.session_key.is_empty() && !keys.contains(&pool.spec.session_key.as_str()) {
+            let what = format!("{} session key", protocol.name());
+            wrong("session.key", unknown(&what, &pool.spec.session_key, keys.iter().copied()));
+        }
+        for (index, backend) in pool.spec.backends.iter().enumerate() {
+            if let Err(message) = runs_over(protocol, backend.transport) {
+                wrong(&format!("backends[{index}].address"), message);
+            }
+        }
+    }
+
+    /// What can only be said of the pools when all listeners are read.
+    pub(super) fn finish(self, reader: &mut Reader) {
+        for pool in self.pools.iter() {
+            let name = &pool.spec.name;
+            let users = self.users.get(name);
+            probe(reader, pool, self.protocols, users);
+            if users.is_none() {
+                reader.warnings.push(format!("pool `{name}` is used by no listener"));
+            } else if pool.spec.backends.is_empty() {
+                let warning =
+                    format!("pool `{name}` has no backends: all its requests will be refused");
+                reader.warnings.push(warning);
+            }
+        }
+    }
+}
+
+fn probe(
+    reader: &mut Reader,
+    pool: &RawPool,
+    protocols: &[&dyn Configure],
+    users: Option<&HashSet<&'static str>>,
+) {
+    let Some(probe) = pool.spec.health.probe.as_deref() else { return };
+    let path = format!("pools.{}.health.probe", pool.spec.name);
+    let wrong = |reader: &mut Reader, message: String| {
+        reader.wrong_in(&pool.file, pool.at("health.probe"), &path, message);
+    };
+    if probe == TCP_CONNECT {
+        let datagrams =
+            pool.spec.backends.iter().find(|backend| backend.transport == Transport::Udp);
+        if let Some(backend) = datagrams {
+            let message = format!(
+                "`{TCP_CONNECT}` says nothing about backend `{}`, which is reached over udp",
+                backend.id
+            );
+            wrong(reader, message);
+        }
+        return;
+    }
+    let Some(owner) = protocols.iter().find(|known| known.probes().contains(&probe)) else {
+        let known = protocols.iter().flat_map(|known| known.probes()).copied();
+        return wrong(reader, unknown("probe", probe, known.chain([TCP_CONNECT])));
+    };
+    if users.is_some_and(|users| !users.contains(owner.name())) {
+        // Not an error: a TCP listener may well stand before SIP servers.
+        let warning = format!(
+            "{path}: `{probe}` asks in {}, but no {} listener uses the pool",
+            owner.name(),
+            owner.name()
+        );
+        reader.warnings.push(warning);
+    }
+}
+
+/// One entry of `bind`: its text and what is advertised in its stead.
+fn bind(reader: &mut Reader, item: &Node, path: &str) -> Option<(String, Option<String>)> {
+    if !matches!(item.kind, Kind::Map(_)) {
+        return Some((reader.text(item, path)?, None));
+    }
+    let bind = reader.fields(item, path, &["address", "advertise"])?;
+    let address = bind.need_text(reader, "address")?;
+    Some((address, bind.text(reader, "advertise")))
+}
+
+fn runs_over(protocol: &dyn Configure, transport: Transport) -> Result<(), String> {
+    let known = protocol.transports();
+    if known.contains(&transport) {
+        return Ok(());
+    }
+    let known: Vec<&str> = known.iter().map(|transport| transport.scheme()).collect();
+    Err(format!(
+        "{} does not run over {}; it runs over {}",
+        protocol.name(),
+        transport.scheme(),
+        known.join(", ")
+    ))
+}
+
+fn limits(reader: &mut Reader, fields: &Fields<'_>) -> ListenerLimits {
+    const KEYS: [&str; 4] = ["connections", "queued_bytes", "idle", "connect"];
+    let mut limits = ListenerLimits::default();
+    let Some(node) = fields.get("limits") else { return limits };
+    let path = fields.path_of("limits");
+    let Some(given) = reader.fields(node, &path, &KEYS) else { return limits };
+    let connections = given.number(reader, "connections", 1, 10_000_000);
+    let queued = given.number(reader, "queued_bytes", 4_096, 1 << 30);
+    set(&mut limits.connections, connections.map(|count| count as u32));
+    set(&mut limits.queued_bytes, queued.map(|count| count as usize));
+    set(&mut limits.idle, given.duration(reader, "idle"));
+    set(&mut limits.connect, given.duration(reader, "connect"));
+    if limits.connect.is_zero() {
+        reader.wrong(given.node_of("connect"), &given.path_of("connect"), "must be over 0");
+    }
+    limits
+}

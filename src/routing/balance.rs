@@ -116,19 +116,19 @@ impl Walk {
 
 /// A small generator (SplitMix64) for choices that need no secrecy.
 #[derive(Clone, Debug)]
-pub struct Dice {
+pub(super) struct Dice {
     state: u64,
 }
 
 impl Dice {
     /// Seeded by the caller.
     #[must_use]
-    pub fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         Self { state: seed }
     }
 
     /// The next 64 bits.
-    pub fn roll(&mut self) -> u64 {
+    pub(super) fn roll(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut bits = self.state;
         bits = (bits ^ bits >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -137,8 +137,8 @@ impl Dice {
     }
 
     /// Below `bound`, which is not 0.
-    pub fn below(&mut self, bound: u64) -> u64 {
-        (u128::from(self.roll()) * u128::from(bound) >> 64) as u64
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
+        ((u128::from(self.roll()) * u128::from(bound)) >> 64) as u64
     }
 }
 

@@ -12,7 +12,7 @@ const NAMES_PER_SHARD: usize = 16_384;
 
 /// The directory. Asked once per backend's own request, not per message.
 #[derive(Debug)]
-pub struct FlowNames {
+pub(super) struct FlowNames {
     shards: Vec<Mutex<HashMap<u64, FlowId>>>,
 }
 
@@ -28,7 +28,7 @@ impl FlowNames {
     }
 
     /// Gives a flow a name; a later flow of the same name takes it. `false` when there is no room.
-    pub fn insert(&self, name: u64, flow: FlowId) -> bool {
+    pub(super) fn insert(&self, name: u64, flow: FlowId) -> bool {
         let mut shard = self.shard(name);
         if shard.len() >= NAMES_PER_SHARD && !shard.contains_key(&name) {
             return false;
@@ -38,12 +38,12 @@ impl FlowNames {
     }
 
     /// The flow of a name.
-    pub fn get(&self, name: u64) -> Option<FlowId> {
+    pub(super) fn get(&self, name: u64) -> Option<FlowId> {
         self.shard(name).get(&name).copied()
     }
 
     /// Takes the name back, if `flow` still has it.
-    pub fn remove(&self, name: u64, flow: FlowId) {
+    pub(super) fn remove(&self, name: u64, flow: FlowId) {
         let mut shard = self.shard(name);
         if shard.get(&name) == Some(&flow) {
             shard.remove(&name);

@@ -25,7 +25,7 @@ const TIME_MASK: u32 = 0x00ff_ffff;
 const TTL_MAX: u32 = TIME_MASK / 2 - 1;
 
 /// Classes that are counted apart; further ones share the last place.
-pub const CLASSES_COUNTED: usize = 16;
+pub(super) const CLASSES_COUNTED: usize = 16;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Slot {

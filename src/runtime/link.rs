@@ -330,7 +330,7 @@ mod tests {
     #[test]
     fn a_failed_link_pauses_longer_each_time_and_then_dials_again() {
         let (mut table, now, backend) = (LinkTable::default(), Instant::now(), BackendId(1));
-        let mut offer = |table: &mut LinkTable, now| match table.offer(
+        let offer = |table: &mut LinkTable, now| match table.offer(
             backend,
             b"x",
             100,

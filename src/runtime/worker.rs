@@ -65,6 +65,7 @@ impl Worker {
         metrics: &Metrics,
         events: &Arc<Events>,
     ) -> std::io::Result<Self> {
+        #[expect(clippy::disallowed_methods, reason = "orders: the fleet sends one and awaits it")]
         let (orders, mut received) = unbounded_channel();
         let starts = Arc::default();
         let inside = Inside {

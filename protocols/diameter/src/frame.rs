@@ -28,7 +28,7 @@ impl Framer for DiameterFramer {
         if length < HEADER_BYTES {
             return Err(FrameError::Malformed("the length is less than a header's"));
         }
-        if length % 4 != 0 {
+        if !length.is_multiple_of(4) {
             return Err(FrameError::Malformed("the length is no multiple of four"));
         }
         if length > MESSAGE_BYTES_MAX {

@@ -8,7 +8,7 @@ use std::time::Instant;
 use strowger_contract::{BackendId, ClassId, Endpoint, PoolId, SessionKey, WorkerId};
 
 /// Slots of one worker.
-pub const SLOTS_MAX: u32 = 1 << 18;
+pub(crate) const SLOTS_MAX: u32 = 1 << 18;
 
 /// How many backends one request may be tried at.
 pub(crate) const TRIES_MAX: usize = 4;
@@ -90,9 +90,9 @@ impl Pendings {
     }
 
     /// Takes a request in; its identifier. `None` if `limit` are under way.
-    pub(crate) fn insert(&mut self, pending: Pending, limit: u32) -> Result<u32, Pending> {
+    pub(crate) fn insert(&mut self, pending: Pending, limit: u32) -> Result<u32, Box<Pending>> {
         if self.len >= limit.min(SLOTS_MAX) as usize {
-            return Err(pending);
+            return Err(Box::new(pending));
         }
         // The slot that was freed longest ago: its old answers have had the longest time to come.
         let reuse = self.free.len() > SLOTS_RESTING || self.slots.len() >= SLOTS_MAX as usize;

@@ -182,14 +182,8 @@ impl DiameterEngine {
             tries: 0,
             request: self.pending.buffer(message.bytes),
         };
-        let mut verdict = ask(
-            now,
-            &pending,
-            session,
-            pin,
-            in_session && fixed || pin.is_none() && in_session,
-            router,
-        );
+        let mut verdict =
+            ask(now, &pending, session, pin, in_session && (fixed || pin.is_none()), router);
         if pin.is_some() && in_session && !fixed && verdict == Err(Refusal::NoBackend) {
             verdict = ask(now, &pending, session, None, true, router);
         }
@@ -235,7 +229,7 @@ impl DiameterEngine {
                 out.note(Note::Count("diameter_pending_limit"));
                 self.give_up(
                     now,
-                    pending,
+                    *pending,
                     (result::TOO_BUSY, "too many requests are under way"),
                     RequestOutcome::Rejected,
                     out,
@@ -316,7 +310,7 @@ impl DiameterEngine {
         match self.pending.insert(pending, limit) {
             Err(pending) => self.give_up(
                 now,
-                pending,
+                *pending,
                 (result::TOO_BUSY, "too many requests are under way"),
                 RequestOutcome::Rejected,
                 out,

@@ -11,7 +11,7 @@ use crate::via::Via;
 /// Asks with OPTIONS. Any final answer but 5xx says that the instance is alive and takes requests;
 /// 5xx (a 503 above all) says that it does not.
 #[derive(Debug, Default)]
-pub struct OptionsProbe {
+pub(crate) struct OptionsProbe {
     branch: Vec<u8>,
     scan: Scan,
 }

@@ -163,7 +163,7 @@ impl SipEngine {
         let deadline = router
             .class(class)
             .deadline
-            .map_or(now + self.settings.timeout(), |promised| message.arrived + promised);
+            .map_or_else(|| now + self.settings.timeout(), |promised| message.arrived + promised);
         let pool = if let Hop::Backend { pool, .. } = target.hop { Some(pool) } else { None };
         let session = session_key(incoming, pool, router);
         let route = match self.first_hop(now, target, session, class, deadline, router) {
@@ -328,9 +328,7 @@ impl SipEngine {
         let reliable = hop.transport.is_stream();
         transaction.leg = Some(Leg {
             backend: hop.backend,
-            pin: hop.pin,
             to,
-            reliable,
             sent_at: now,
             owed: hop.backend.is_some(),
             provisional: false,
@@ -660,7 +658,7 @@ fn refused_as_is<'a>(incoming: &Incoming<'a>, error: Option<ScanError>) -> Optio
         Some(_) => {}
     }
     if let Some(length) = scan.value(bytes, Name::ContentLength)
-        && !content_length(length).is_some_and(|length| length <= bytes.len() - scan.body_at)
+        && content_length(length).is_none_or(|length| length > bytes.len() - scan.body_at)
     {
         return Some(Answer::new(400, "Content-Length Does Not Fit"));
     }

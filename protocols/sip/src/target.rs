@@ -97,7 +97,10 @@ pub(crate) fn target<'a>(
     }
     let side = token.and_then(|token| side(bytes, scan, token, call_id, router));
     let source = source_backend(message, router);
-    target.begun_by_backend = side.as_ref().map_or(source.is_some(), |side| side.begun_by_backend);
+    target.begun_by_backend = match &side {
+        Some(side) => side.begun_by_backend,
+        None => source.is_some(),
+    };
     let in_dialog = scan.value(bytes, Name::To).and_then(tag).is_some();
     let chosen =
         settings.pool_for(method, Uri::parse(request_uri).as_ref(), message.transport.scheme());

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use slab::Slab;
-use strowger_contract::{BackendId, ClassId, Endpoint, Pin, PoolId, SessionKey, Transport};
+use strowger_contract::{BackendId, ClassId, Endpoint, PoolId, SessionKey, Transport};
 
 /// How many instances one request may be tried at.
 pub(crate) const TRIES_MAX: usize = 4;
@@ -41,9 +41,7 @@ pub(crate) enum Cancel {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Leg {
     pub(crate) backend: Option<BackendId>,
-    pub(crate) pin: Option<Pin>,
     pub(crate) to: Endpoint,
-    pub(crate) reliable: bool,
     pub(crate) sent_at: Instant,
     /// The router awaits an outcome.
     pub(crate) owed: bool,
@@ -103,11 +101,6 @@ impl Transaction {
             .into_iter()
             .flatten()
             .min()
-    }
-
-    /// The instances tried so far.
-    pub(crate) fn tried(&self) -> &[BackendId] {
-        &self.tried[..usize::from(self.tries).min(TRIES_MAX)]
     }
 
     /// Notes another try.
@@ -179,11 +172,6 @@ impl Transactions {
     /// Seeds the numbers, so that a restarted engine does not take its predecessor's.
     pub(crate) fn seed(&mut self, seed: u64) {
         self.generation = (seed >> 16) as u32;
-    }
-
-    /// The slot that the next [`Transactions::insert`] uses.
-    pub(crate) fn next_slot(&self) -> u32 {
-        self.slab.vacant_key() as u32
     }
 
     pub(crate) fn insert(&mut self, transaction: Transaction) -> u32 {

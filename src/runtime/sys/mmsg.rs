@@ -110,11 +110,6 @@ impl SendBatch {
         }
     }
 
-    /// How many fit.
-    pub(crate) fn capacity(&self) -> usize {
-        self.headers.len()
-    }
-
     /// Sends the first so many of `datagrams` as fit and as the socket takes without waiting; how
     /// many went.
     ///

@@ -1,0 +1,10 @@
+//! The real binary against real peers.
+//!
+//! A test whose peer is not installed says so and does nothing, unless `CI` is set: then it fails.
+#![allow(missing_docs)]
+
+mod diameter;
+mod harness;
+mod reload;
+mod sip;
+mod tcp;

@@ -62,10 +62,16 @@ async fn join<P: Protocol>(
 ) -> Result<TcpStream, CloseCause> {
     let address = host.state().router.backend(backend).map(|view| view.address);
     let address = address.ok_or(CloseCause::Unreachable)?;
-    let stream = tokio::select! {
-        stream = connect(address, limits.connect) => stream?,
-        // The engine may give the flow up meanwhile.
-        () = connection.kicked() => return Err(CloseCause::Local),
+    let connecting = connect(address, limits.connect);
+    tokio::pin!(connecting);
+    let stream = loop {
+        tokio::select! {
+            stream = &mut connecting => break stream?,
+            // The engine may give the flow up meanwhile. The wish to join kicks as well.
+            () = connection.kicked() => if connection.is_closing() {
+                return Err(CloseCause::Local);
+            }
+        }
     };
     let _delayed = stream.set_nodelay(true);
     Ok(stream)

@@ -200,6 +200,12 @@ impl Edge {
         &self.inner.metrics
     }
 
+    /// The events, for the demo.
+    #[must_use]
+    pub fn events(&self) -> &Arc<Events> {
+        &self.inner.events
+    }
+
     /// Reads the configuration again and swaps it in if it is good; whether it was.
     pub fn reload(&self) -> bool {
         self.inner.reload("asked for")

@@ -23,6 +23,7 @@
 
 pub mod cli;
 pub mod control;
+pub mod demo;
 pub mod edge;
 pub mod observe;
 pub mod protocols;

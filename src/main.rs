@@ -35,6 +35,14 @@ enum Command {
         #[arg(long, default_value = "30s", value_name = "TIME", value_parser = duration)]
         drain: Duration,
     },
+    /// Run an edge on loopback with sample SIP, Diameter and TCP workloads and traffic through it.
+    Demo {
+        #[command(flatten)]
+        options: strowger::demo::Options,
+        /// What to log besides: error, warn, info, debug.
+        #[arg(long, default_value = "error", value_name = "FILTER")]
+        log: String,
+    },
     /// Check configurations: every error with its place; exit 0 if there is none, else 1.
     Check {
         /// Files or directories, read together as one configuration.
@@ -122,6 +130,10 @@ impl Command {
             Self::Run { config, log, drain } => {
                 init_logging(log.log_format, &log.log);
                 runtime()?.block_on(run(config, drain))?;
+            }
+            Self::Demo { options, log } => {
+                init_logging(Format::Text, &log);
+                runtime()?.block_on(strowger::demo::run(options))?;
             }
             Self::Check { paths } => return Ok(check(&paths)),
             Self::Explain { paths } => match load(&paths) {

@@ -510,7 +510,10 @@ impl<P: Protocol> Batch<'_, P> {
                 out.clear();
                 self.state.out = out;
             }
-            let Some((peer, change)) = self.state.news.pop_front() else { return };
+            let Some((peer, change)) = self.state.news.pop_front() else {
+                // What another worker sent for a connection of ours came without an engine's wish.
+                return self.write_streams();
+            };
             self.tell(peer, change);
         }
         self.state.news.clear();
@@ -691,9 +694,7 @@ impl<P: Protocol> Batch<'_, P> {
 
     /// One write per connection and one batch per socket, whatever the engine wanted of them.
     fn flush(&mut self, out: &Outbox) {
-        while let Some(connection) = self.state.dirty.pop() {
-            self.host.write_in(self.state, &connection);
-        }
+        self.write_streams();
         for port in self.host.ports.iter().flatten() {
             let waited = port.is_waiting();
             let sent = port.flush(out);
@@ -701,6 +702,12 @@ impl<P: Protocol> Batch<'_, P> {
             if !waited && port.is_waiting() {
                 super::launch::drain_port(self.host, port);
             }
+        }
+    }
+
+    fn write_streams(&mut self) {
+        while let Some(connection) = self.state.dirty.pop() {
+            self.host.write_in(self.state, &connection);
         }
     }
 }

@@ -39,7 +39,13 @@ fn bounds_are_told() {
     let long = told("long.yaml", format!("# {}\n", "x".repeat(9 << 20)));
     assert!(long.contains("is 9437187 bytes long; at most 8388608 are read"), "{long}");
     let backends: String = (0..20_001)
-        .map(|index| format!("    - {{ id: b{index}, address: tcp://10.{}.{}.1:1 }}\n", index / 250, index % 250))
+        .map(|index| {
+            format!(
+                "    - {{ id: b{index}, address: tcp://10.{}.{}.1:1 }}\n",
+                index / 250,
+                index % 250
+            )
+        })
         .collect();
     let many = told("many.yaml", format!("pools:\n  a:\n    backends:\n{backends}"));
     assert!(many.contains("20001 backends; at most 20000 are possible"), "{many}");
@@ -47,6 +53,9 @@ fn bounds_are_told() {
     std::fs::write(&bytes, b"node: { name: \xff }\n").expect("written");
     let output = strowger(directory.path(), &["check", "bytes.yaml", "absent.yaml"]);
     let told = text(&output.stdout);
-    assert!(told.contains("bytes.yaml: cannot be read: stream did not contain valid UTF-8"), "{told}");
+    assert!(
+        told.contains("bytes.yaml: cannot be read: stream did not contain valid UTF-8"),
+        "{told}"
+    );
     assert!(told.contains("absent.yaml: cannot be read: No such file or directory"), "{told}");
 }

@@ -4,9 +4,6 @@
 //! to each. After a wanted change: `INSTA_UPDATE=always cargo test --test config`.
 
 mod bad;
-mod examples;
-mod round_trip;
-mod schema;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

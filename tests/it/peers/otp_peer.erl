@@ -1,5 +1,5 @@
 %% A Diameter client and server on Erlang/OTP's own stack, with the base accounting application.
--module(peer).
+-module(otp_peer).
 -export([server/1, client/2]).
 -export([peer_up/3, peer_down/3, pick_peer/4, prepare_request/3, prepare_retransmit/3,
          handle_answer/4, handle_error/4, handle_request/3]).

@@ -166,16 +166,18 @@ impl SipEngine {
             .map_or_else(|| now + self.settings.timeout(), |promised| message.arrived + promised);
         let pool = if let Hop::Backend { pool, .. } = target.hop { Some(pool) } else { None };
         let session = session_key(incoming, pool, router);
-        let route = match self.first_hop(now, target, session, class, deadline, router) {
-            Ok(hop) => hop,
-            Err(answer) => {
-                if let Some(refusal) = answer.1 {
-                    out.note(Note::Refused(class, refusal));
-                }
-                note_refused(now, incoming, class, out);
-                return reply(incoming, &answer.0, out);
+        let route = self.first_hop(now, target, session, class, deadline, router);
+        if let Err((answer, refusal)) = &route {
+            if let Some(refusal) = refusal {
+                out.note(Note::Refused(class, *refusal));
             }
-        };
+            // A refusal is remembered, so that a retransmission does not get another answer, as long
+            // as that takes no room from what can be served.
+            if self.transactions.len() >= self.settings.options.max_transactions as usize / 2 {
+                note_refused(now, incoming, class, out);
+                return reply(incoming, answer, out);
+            }
+        }
         let invite = incoming.method == b"INVITE";
         let generation = self.transactions.next_generation();
         let request = self.transactions.buffer(message.bytes);
@@ -220,10 +222,17 @@ impl SipEngine {
             wakes_at: None,
         };
         let slot = self.transactions.insert(transaction);
+        let hop = match route {
+            Ok(hop) => hop,
+            Err((answer, _)) => {
+                let rejected = RequestOutcome::Rejected;
+                return self.finish(now, slot, incoming.scan, &answer, rejected, out);
+            }
+        };
         if invite {
             self.answer_client(slot, incoming.scan, &Answer::new(100, "Trying"), out);
         }
-        self.send_leg(now, slot, incoming.scan, target, route, router, out);
+        self.send_leg(now, slot, incoming.scan, target, hop, router, out);
         self.schedule(now, slot);
     }
 

@@ -90,14 +90,26 @@ pub(crate) fn is_our_tag(to: &[u8], key: u64) -> bool {
 }
 
 /// Appends the ACK for a non-2xx answer, or the CANCEL, of the request `sent` as we sent it: its
-/// Request-URI, our Via, From, Call-ID, Route; `to` is the answer's To (or the request's).
-pub(crate) fn follow_up(method: &str, sent: &[u8], scan: &Scan, to: &[u8], out: &mut Vec<u8>) {
+/// Request-URI, our Via, From, Call-ID, Route; `to` is the answer's To (or the request's). `via` is
+/// the Via of an earlier try of the request, if it is for that.
+pub(crate) fn follow_up(
+    method: &str,
+    sent: &[u8],
+    scan: &Scan,
+    to: &[u8],
+    via: Option<&[u8]>,
+    out: &mut Vec<u8>,
+) {
     let Start::Request { uri, .. } = scan.start else { return };
     out.extend_from_slice(method.as_bytes());
     out.push(b' ');
     copy_span(sent, uri, out);
     out.extend_from_slice(b" SIP/2.0\r\n");
-    if let Some(via) = scan.first(Name::Via) {
+    if let Some(via) = via {
+        out.extend_from_slice(b"Via: ");
+        out.extend_from_slice(via);
+        out.extend_from_slice(b"\r\n");
+    } else if let Some(via) = scan.first(Name::Via) {
         copy_span(sent, via.line, out);
     }
     out.extend_from_slice(b"Max-Forwards: 70\r\n");

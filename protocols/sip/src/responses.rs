@@ -4,8 +4,8 @@
 use std::time::Instant;
 
 use strowger_contract::{
-    ClassId, CloseCause, Message, Note, Outbox, Outcome, Query, RequestOutcome, Router, Transport,
-    Verdict, stable_hash,
+    ClassId, CloseCause, Endpoint, Message, Note, Outbox, Outcome, Query, RequestOutcome, Router,
+    Transport, Verdict, stable_hash,
 };
 
 use crate::branch::Branch;
@@ -34,20 +34,25 @@ pub(crate) fn on_response(
     let Some((branch, token)) = branch else {
         return out.drop_message("response_not_ours");
     };
-    if is_for_cancel(scan, bytes) && !branch.stateless {
-        return;
-    }
+    let for_cancel = is_for_cancel(scan, bytes);
     let call_id = stable_hash(scan.value(bytes, Name::CallId).unwrap_or_default());
     if !branch.stateless {
         if branch.worker != engine.settings.worker && branch.worker.0 < engine.settings.workers {
             return out.hand_over(branch.worker, message);
+        }
+        if for_cancel {
+            return engine.on_cancel_answered(&branch);
         }
         let attempt =
             engine.transactions.current(branch.slot, branch.generation).map(|known| known.attempt);
         if let Some(attempt) = attempt {
             if attempt != branch.attempt {
                 // An instance that was given up speaks at last.
-                engine.on_late(message, scan, code, &branch, token, call_id, router, out);
+                let genuine = branch.verify(token, call_id, router);
+                match genuine {
+                    Some(branch) => engine.on_late(now, message, scan, code, &branch, router, out),
+                    None => out.drop_message("response_forged"),
+                }
                 return;
             }
             return engine.on_answer(now, branch.slot, message, scan, code, router, out);
@@ -109,18 +114,24 @@ impl SipEngine {
         out: &mut Outbox,
     ) {
         let (t2, timer_c) = (self.settings.options.t2.0, self.settings.options.timer_c.0);
-        let Some(transaction) =
-            self.transactions.get(slot).filter(|known| known.state == State::Open)
-        else {
-            return;
-        };
+        let Some(transaction) = self.transactions.get(slot) else { return };
         if let Some(leg) = &mut transaction.leg {
             leg.provisional = true;
         }
+        if transaction.state == State::Accepted && transaction.cancel == Cancel::Wanted {
+            // Another instance won, and this one can be told only now.
+            return self.send_cancel(now, slot, out);
+        }
+        if transaction.state != State::Open {
+            return;
+        }
         transaction.failover_at = None;
         if transaction.invite {
-            transaction.repeat_at = None;
-            transaction.expires_at = Some(now + timer_c);
+            // Once it is cancelled, ringing on wins it no more time.
+            if transaction.cancel != Cancel::Sent {
+                transaction.repeat_at = None;
+                transaction.expires_at = Some(now + timer_c);
+            }
         } else if transaction.repeat_at.is_some() {
             // 17.1.2.2: once it is known to be alive, it is reminded every T2.
             transaction.repeat_after = t2;
@@ -207,6 +218,10 @@ impl SipEngine {
         }
         let Some(transaction) = self.transactions.get(slot) else { return };
         if transaction.state != State::Open {
+            if transaction.state == State::Accepted {
+                // The one that lost is through.
+                transaction.repeat_at = None;
+            }
             return out.drop_message("answer_repeated");
         }
         let unavailable = code == 503;
@@ -227,30 +242,114 @@ impl SipEngine {
         self.note_end(now, slot, outcome, out);
     }
 
-    /// A response to a try that was given up: acknowledged, and a 2xx still reaches the client (it
-    /// may have to choose, 16.7 step 5); everything else is late.
+    /// A response to a try that was given up. An instance that rings is cancelled, a refusal is
+    /// acknowledged, and a 2xx still reaches the client: the first one wins, and what is tried now
+    /// is cancelled (16.7 steps 5 and 10).
     #[allow(clippy::too_many_arguments, reason = "what every handler gets")]
     fn on_late(
         &mut self,
+        now: Instant,
         message: &Message<'_>,
         scan: &Scan,
         code: u16,
         branch: &Branch,
-        token: &[u8],
-        call_id: u64,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
         let Some(transaction) = self.transactions.get(branch.slot) else { return };
-        let (invite, client) = (transaction.invite, transaction.client);
-        if branch.verify(token, call_id, router).is_none() {
-            return out.drop_message("response_forged");
+        if !transaction.invite {
+            return out.drop_message("answer_late");
         }
-        if invite && (200..300).contains(&code) {
-            out.note(Note::Count("sip_late_success"));
-            out.send(client, ClassId::CONTROL, |bytes| backward(message.bytes, scan, false, bytes));
-        } else {
-            out.drop_message("answer_late");
+        match code {
+            100..200 => self.follow_late("CANCEL", branch.slot, message, scan, out),
+            200..300 => self.on_late_success(now, message, scan, branch, router, out),
+            _ => {
+                self.follow_late("ACK", branch.slot, message, scan, out);
+                out.drop_message("answer_late");
+            }
+        }
+    }
+
+    fn on_late_success(
+        &mut self,
+        now: Instant,
+        message: &Message<'_>,
+        scan: &Scan,
+        branch: &Branch,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let (slot, timeout) = (branch.slot, self.settings.timeout());
+        out.note(Note::Count("sip_late_success"));
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        if transaction.state != State::Open {
+            let client = transaction.client;
+            return out.send(client, ClassId::CONTROL, |bytes| {
+                backward(message.bytes, scan, false, bytes)
+            });
+        }
+        self.settle_leg(now, slot, Verdicts::Abandoned, router);
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        let backend = branch.pin.and_then(|pin| router.resolve(pin));
+        if transaction.creates_dialog
+            && let (Some(backend), Some(pool)) = (backend, transaction.pool)
+        {
+            let ttl = router.session_ttl(pool);
+            router.learn(now, transaction.session, backend, transaction.class, ttl);
+        }
+        transaction.state = State::Accepted;
+        transaction.repeat_at = None;
+        transaction.failover_at = None;
+        transaction.expires_at = None;
+        transaction.ends_at = Some(now + timeout);
+        if transaction.cancel == Cancel::No {
+            transaction.cancel = Cancel::Wanted;
+        }
+        let tell = transaction.cancel == Cancel::Wanted
+            && transaction.leg.is_some_and(|leg| leg.provisional);
+        self.relay(slot, message, scan, false, out);
+        self.note_end(now, slot, None, out);
+        if tell {
+            self.send_cancel(now, slot, out);
+        }
+        self.schedule(now, slot);
+    }
+
+    /// The CANCEL or ACK of a try that was given up: by the Via of its response, to where that came
+    /// from.
+    fn follow_late(
+        &mut self,
+        method: &str,
+        slot: u32,
+        message: &Message<'_>,
+        scan: &Scan,
+        out: &mut Outbox,
+    ) {
+        let mut sent_scan = std::mem::take(&mut self.other_scan);
+        if let Some(transaction) = self.transactions.get(slot)
+            && let Some((via, _)) = scan.value(message.bytes, Name::Via).and_then(Via::first)
+            && sent_scan.scan(&transaction.sent).is_ok()
+        {
+            let to = if method == "ACK" {
+                scan.value(message.bytes, Name::To)
+            } else {
+                sent_scan.value(&transaction.sent, Name::To)
+            };
+            let to = to.unwrap_or_default();
+            out.send(message.from, ClassId::CONTROL, |bytes| {
+                follow_up(method, &transaction.sent, &sent_scan, to, Some(via.whole), bytes)
+            });
+        }
+        self.other_scan = sent_scan;
+    }
+
+    /// Our CANCEL was heard: it need not be repeated.
+    fn on_cancel_answered(&mut self, branch: &Branch) {
+        if let Some(transaction) = self.transactions.current(branch.slot, branch.generation)
+            && transaction.attempt == branch.attempt
+            && transaction.is_cancelling()
+        {
+            transaction.repeat_at = None;
         }
     }
 
@@ -538,7 +637,7 @@ impl SipEngine {
         {
             let to = scan.value(response, Name::To).unwrap_or_default();
             out.send(leg.to, ClassId::CONTROL, |bytes| {
-                follow_up("ACK", &transaction.sent, &sent_scan, to, bytes)
+                follow_up("ACK", &transaction.sent, &sent_scan, to, None, bytes)
             });
         }
         self.other_scan = sent_scan;
@@ -546,22 +645,32 @@ impl SipEngine {
 
     /// RFC 3261 9.1: our own CANCEL, for the leg that rings.
     pub(crate) fn send_cancel(&mut self, now: Instant, slot: u32, out: &mut Outbox) {
-        let timeout = self.settings.timeout();
+        let (t1, timeout) = (self.settings.options.t1.0, self.settings.timeout());
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        let Some(leg) = transaction.leg else { return };
+        transaction.cancel = Cancel::Sent;
+        if transaction.state == State::Open {
+            // 9.1: an instance that never answers the INVITE after this is given up.
+            transaction.expires_at = Some(now + timeout);
+        }
+        transaction.repeat_after = t1;
+        transaction.repeat_at = matches!(leg.to, Endpoint::Datagram { .. }).then(|| now + t1);
+        self.write_cancel(slot, out);
+        self.schedule(now, slot);
+    }
+
+    pub(crate) fn write_cancel(&mut self, slot: u32, out: &mut Outbox) {
         let mut sent_scan = std::mem::take(&mut self.other_scan);
         if let Some(transaction) = self.transactions.get(slot)
             && let Some(leg) = transaction.leg
             && sent_scan.scan(&transaction.sent).is_ok()
         {
-            transaction.cancel = Cancel::Sent;
-            // 9.1: an instance that never answers the INVITE after this is given up.
-            transaction.expires_at = Some(now + timeout);
             let to = sent_scan.value(&transaction.sent, Name::To).unwrap_or_default();
             out.send(leg.to, ClassId::CONTROL, |bytes| {
-                follow_up("CANCEL", &transaction.sent, &sent_scan, to, bytes)
+                follow_up("CANCEL", &transaction.sent, &sent_scan, to, None, bytes)
             });
         }
         self.other_scan = sent_scan;
-        self.schedule(now, slot);
     }
 }
 

@@ -50,6 +50,12 @@ impl SipEngine {
         transaction.repeat_after =
             if open && transaction.invite { doubled } else { doubled.min(t2) };
         transaction.repeat_at = Some(now + transaction.repeat_after);
+        if transaction.is_cancelling() {
+            // 17.1.2: a CANCEL is repeated as any request but INVITE.
+            transaction.repeat_after = transaction.repeat_after.min(t2);
+            transaction.repeat_at = Some(now + transaction.repeat_after);
+            return self.write_cancel(slot, out);
+        }
         let (to, bytes) = if open {
             let Some(leg) = transaction.leg else { return };
             out.note(Note::Count("sip_requests_repeated"));

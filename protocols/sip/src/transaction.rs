@@ -103,6 +103,13 @@ impl Transaction {
             .min()
     }
 
+    /// Whether our CANCEL is out and the instance has not yet ended the INVITE.
+    pub(crate) fn is_cancelling(&self) -> bool {
+        self.invite
+            && self.cancel == Cancel::Sent
+            && matches!(self.state, State::Open | State::Accepted)
+    }
+
     /// Notes another try.
     pub(crate) fn note_try(&mut self, backend: BackendId) {
         if let Some(place) = self.tried.get_mut(usize::from(self.tries)) {

@@ -1,6 +1,7 @@
 //! The core: what all workers share, and what turns a wanted state into the next snapshot.
 
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -169,12 +170,15 @@ impl Core {
         snapshot: &mut Arc<Snapshot>,
         tokens: &mut Arc<TokenKeys>,
     ) -> bool {
+        let keys = self.tokens.load();
+        if !Arc::ptr_eq(&keys, tokens) {
+            *tokens = Arc::clone(&keys);
+        }
         let newest = self.snapshot.load();
         if Arc::ptr_eq(&newest, snapshot) {
             return false;
         }
         *snapshot = Arc::clone(&newest);
-        *tokens = self.tokens.load_full();
         true
     }
 
@@ -252,6 +256,7 @@ impl Core {
                 changes.wanted.classes.clone()
             },
             listeners: changes.wanted.listeners.clone(),
+            superseded: changes.superseded(),
             ..Snapshot::default()
         };
         let mut collisions = Vec::new();
@@ -522,7 +527,14 @@ impl Changes {
                     }
                 });
                 known.spec = backend.clone();
-                known.left = None;
+                let left = known.left.take();
+                if left.is_some() {
+                    known.live.set_superseded(false);
+                }
+                if left == Some(FORGOTTEN) {
+                    // Its debounce was over: it joins as a new one does.
+                    known.live.rejoin(joined);
+                }
                 wanted.insert(identity);
             }
         }
@@ -536,18 +548,28 @@ impl Changes {
 
     /// An address that another instance now has: the old one's sessions are dead, and none of them
     /// may reach the newcomer.
-    fn supersede(&mut self) {
-        let present: HashSet<_> = self
-            .known
-            .values()
-            .filter(|known| known.left.is_none())
-            .map(|known| (known.spec.transport, known.spec.address))
-            .collect();
-        for known in self.known.values_mut().filter(|known| known.left.is_some()) {
-            if present.contains(&(known.spec.transport, known.spec.address)) {
-                known.live.set_gone();
+    fn supersede(&self) {
+        let mut holders: HashMap<_, Vec<(&str, u64)>> = HashMap::new();
+        for ((_, id, generation), known) in
+            self.known.iter().filter(|(_, known)| known.left.is_none())
+        {
+            let place = (known.spec.transport, known.spec.address);
+            holders.entry(place).or_default().push((id, *generation));
+        }
+        for ((_, id, generation), known) in
+            self.known.iter().filter(|(_, known)| known.left.is_some())
+        {
+            // The same instance in another pool is no other instance.
+            let others = holders.get(&(known.spec.transport, known.spec.address));
+            if others.is_some_and(|others| others.iter().any(|&it| it != (id, *generation))) {
+                known.live.set_superseded(true);
             }
         }
+    }
+
+    fn superseded(&self) -> HashMap<BackendId, SocketAddr> {
+        let lost = self.known.values().filter(|known| known.live.is_superseded());
+        lost.map(|known| (known.id, known.spec.address)).collect()
     }
 
     /// Those that are no longer wanted and not yet forgotten, by pool.

@@ -43,6 +43,7 @@ pub struct BackendLive {
     drain_since: AtomicU64,
     drain_until: AtomicU64,
     gone: AtomicBool,
+    superseded: AtomicBool,
     identity_hash: AtomicU64,
     identity: Mutex<String>,
     capabilities: [AtomicU32; CAPABILITIES_MAX],
@@ -315,7 +316,16 @@ impl BackendLive {
     }
 
     pub(super) fn is_gone(&self) -> bool {
-        self.gone.load(Relaxed)
+        self.gone.load(Relaxed) || self.is_superseded()
+    }
+
+    /// Another instance has its address now, or it is back.
+    pub(super) fn set_superseded(&self, superseded: bool) {
+        self.superseded.store(superseded, Relaxed);
+    }
+
+    pub(super) fn is_superseded(&self) -> bool {
+        self.superseded.load(Relaxed)
     }
 
     /// A word for its health, worst first.

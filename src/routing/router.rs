@@ -124,9 +124,17 @@ impl CoreRouter {
 
     /// A session that exists but that nothing names: by hash among all that may have it, so that
     /// every node and every restart guesses alike.
-    fn orphaned(&mut self, pool: &Pool, query: &Query<'_>) -> Verdict {
+    fn orphaned(&mut self, pool: &Pool, now: u64, query: &Query<'_>) -> Verdict {
+        // Whoever took the address of the one that has the session gets nothing of it.
+        let taken = self
+            .core
+            .table_entry(query.session, now)
+            .and_then(|backend| self.snapshot.superseded.get(&backend).copied());
         let candidates = pool.backends.iter().filter(|backend| {
-            backend.keeps_sessions() && backend.is_linked() && !query.exclude.contains(&backend.id)
+            backend.keeps_sessions()
+                && backend.is_linked()
+                && !query.exclude.contains(&backend.id)
+                && Some(backend.spec.address) != taken
         });
         let score = |backend: &&Arc<Backend>| {
             let weight = f64::from(backend.spec.weight.max(1));
@@ -138,6 +146,7 @@ impl CoreRouter {
                 let backend = Arc::clone(backend);
                 self.go(&backend, RouteReason::Balanced, query.awaits)
             }
+            None if taken.is_some() => Verdict::Refuse(Refusal::SessionLost),
             None => Verdict::Refuse(Refusal::NoBackend),
         }
     }
@@ -398,7 +407,7 @@ impl Router for CoreRouter {
             return Verdict::Refuse(Refusal::NoBackend);
         };
         if query.in_session {
-            return self.orphaned(&pool, query);
+            return self.orphaned(&pool, clock, query);
         }
         if self.core.is_draining() {
             return Verdict::Refuse(Refusal::ShuttingDown);

@@ -28,6 +28,8 @@ pub struct Snapshot {
     pub(super) pins: HashMap<Pin, Arc<Backend>>,
     pub(super) backends: HashMap<BackendId, Arc<Backend>>,
     pub(super) addresses: HashMap<SocketAddr, BackendId>,
+    /// Backends whose address another instance took, and that address.
+    pub(super) superseded: HashMap<BackendId, SocketAddr>,
 }
 
 /// A pool in a snapshot.

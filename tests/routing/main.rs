@@ -1,0 +1,6 @@
+//! The rules of pool changes and of placing, as properties of the routing core's public API.
+
+mod changes;
+mod health;
+mod placing;
+mod support;

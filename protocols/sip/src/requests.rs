@@ -460,10 +460,16 @@ impl SipEngine {
                 State::Completed | State::Confirmed => {
                     transaction.state = State::Confirmed;
                     transaction.repeat_at = None;
-                    // Timer I.
-                    let wait =
-                        if transaction.client_reliable { std::time::Duration::ZERO } else { t4 };
-                    transaction.ends_at = Some(now + wait);
+                    // Timer I. Over UDP the instance may repeat its answer for longer (Timer D), and
+                    // that is to be acknowledged, not passed on.
+                    let repeats = transaction
+                        .leg
+                        .is_some_and(|leg| matches!(leg.to, Endpoint::Datagram { .. }));
+                    if !repeats {
+                        let reliable = transaction.client_reliable;
+                        let wait = if reliable { std::time::Duration::ZERO } else { t4 };
+                        transaction.ends_at = Some(now + wait);
+                    }
                     return self.schedule(now, slot);
                 }
                 State::Open => return out.drop_message("ack_before_answer"),

@@ -35,13 +35,13 @@ impl SipEngine {
         } else if due(transaction.failover_at) {
             self.on_silence(now, slot, router, out);
         } else if due(transaction.repeat_at) {
-            self.repeat(now, slot, out);
+            self.repeat(now, slot, router, out);
         }
         self.schedule(now, slot);
     }
 
     /// Timers A and E towards the instance, G towards the client.
-    fn repeat(&mut self, now: Instant, slot: u32, out: &mut Outbox) {
+    fn repeat(&mut self, now: Instant, slot: u32, router: &dyn Router, out: &mut Outbox) {
         let t2 = self.settings.options.t2.0;
         let Some(transaction) = self.transactions.get(slot) else { return };
         let open = transaction.state == State::Open;
@@ -50,6 +50,14 @@ impl SipEngine {
         transaction.repeat_after =
             if open && transaction.invite { doubled } else { doubled.min(t2) };
         transaction.repeat_at = Some(now + transaction.repeat_after);
+        let gone = |backend| router.backend(backend).is_none();
+        if (open || transaction.is_cancelling())
+            && transaction.leg.and_then(|leg| leg.backend).is_some_and(gone)
+        {
+            // Another instance may be at its address by now.
+            transaction.repeat_at = None;
+            return;
+        }
         if transaction.is_cancelling() {
             // 17.1.2: a CANCEL is repeated as any request but INVITE.
             transaction.repeat_after = transaction.repeat_after.min(t2);

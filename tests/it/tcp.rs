@@ -185,3 +185,84 @@ fn redis_benchmark_runs_through_it() {
         edge.metric("strowger_bytes_total", &["listener=\"db\"", "direction=\"in\""]) > 500_000.0
     );
 }
+
+/// PostgreSQL's own client and benchmark through the edge: two databases' worth of state is kept by
+/// source address, so that a client's connections all meet one server.
+#[test]
+fn pgbench_and_psql_run_through_it() {
+    let Some(programs) = postgres_programs() else { return };
+    let _alone = alone();
+    let (port, backend) = (free_port(), free_port());
+    let edge = Edge::start(&config(port, &[("pg", backend)], "source-ip"));
+    let folder = edge.folder.path().join("pg");
+    std::fs::create_dir(&folder).expect("a folder");
+    // PostgreSQL refuses to run as root; its package brings a user for it.
+    let root = Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n");
+    let run = |program: &str| {
+        let path = programs.join(program);
+        if !root {
+            return Command::new(path);
+        }
+        let mut command = Command::new("runuser");
+        command.args(["-u", "postgres", "--"]).arg(path);
+        command
+    };
+    if root {
+        let opened = Command::new("chmod").arg("755").arg(edge.folder.path()).status();
+        let given = Command::new("chown").arg("postgres").arg(&folder).status();
+        assert!(opened.is_ok_and(|status| status.success()));
+        assert!(given.is_ok_and(|status| status.success()));
+    }
+    let made = run("initdb")
+        .args(["--auth=trust", "--no-sync", "--username=postgres", "-D"])
+        .arg(&folder)
+        .current_dir("/")
+        .output()
+        .expect("it runs");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let mut server = run("postgres");
+    server.arg("-D").arg(&folder).args(["-p", &backend.to_string(), "-h", "127.0.0.1", "-k", ""]);
+    server.args(["-c", "fsync=off"]).current_dir("/");
+    let mut server = Process::spawn(&mut server, &edge.folder.path().join("pg.log"));
+    // `immediate`: it asks nobody, so that it ends with its client connections open.
+    let stop = || {
+        run("pg_ctl").args(["stop", "-m", "immediate", "-D"]).arg(&folder).current_dir("/").output()
+    };
+    wait_for_tcp(backend);
+    let client = |program: &str, arguments: &[&str]| {
+        let output = Command::new(programs.join(program))
+            .args(["-h", "127.0.0.1", "-U", "postgres", "-p", &port.to_string()])
+            .args(arguments)
+            .output()
+            .expect("it runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(
+            output.status.success(),
+            "{program}: {text}{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        text
+    };
+    client("pgbench", &["-i", "-q", "-s", "1", "postgres"]);
+    let text = client("pgbench", &["-c", "8", "-j", "2", "-t", "100", "postgres"]);
+    assert!(text.contains("number of transactions actually processed: 800/800"), "{text}");
+    let count = client("psql", &["-At", "-c", "select count(*) from pgbench_history", "postgres"]);
+    assert_eq!(count.trim(), "800");
+    assert!(stop().is_ok_and(|output| output.status.success()));
+    assert!(server.wait(Duration::from_secs(20)).is_some());
+}
+
+/// Where PostgreSQL's programs are: Debian keeps the server's out of the path.
+fn postgres_programs() -> Option<std::path::PathBuf> {
+    let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let found = versions.map(|entry| entry.path().join("bin")).max();
+    let found = found.filter(|path| path.join("pgbench").exists() && path.join("initdb").exists());
+    assert!(
+        found.is_some() || std::env::var_os("CI").is_none(),
+        "postgresql must be installed in CI"
+    );
+    if found.is_none() {
+        println!("skipped: postgresql is not installed");
+    }
+    found
+}

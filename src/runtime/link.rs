@@ -186,7 +186,9 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
         state.router.backend(backend).map(|view| (view.transport, view.address))
     };
     let Some((transport, address)) = target else {
+        // It left the pool after the engine chose it: whoever waits for the link must hear of it.
         host.state().links.forget(backend);
+        host.tell(peer, PeerChange::Closed(CloseCause::Unreachable));
         return BACK_OFF_FIRST;
     };
     let timeout = host.state().spec.limits.connect;

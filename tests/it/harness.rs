@@ -1,6 +1,5 @@
 //! An edge and its peers as processes, on free ports, ended by their own ids.
 
-use std::collections::HashSet;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -34,14 +33,23 @@ pub(crate) fn has(program: &str) -> bool {
 }
 
 /// A port that is free for UDP and TCP, and that no other test of this run has got.
+///
+/// It lies below the range that the kernel takes ports of outgoing connections from
+/// (`net.ipv4.ip_local_port_range`, 32768 and up): one from there could be gone again by the time
+/// that the test's peer binds it.
 pub(crate) fn free_port() -> u16 {
-    static TAKEN: Mutex<Option<HashSet<u16>>> = Mutex::new(None);
-    let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
-    let taken = taken.get_or_insert_default();
-    for _ in 0..1_000 {
-        let udp = UdpSocket::bind("127.0.0.1:0").expect("a port");
-        let port = udp.local_addr().expect("bound").port();
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() && taken.insert(port) {
+    const LOW: u16 = 10_000;
+    const COUNT: u32 = 22_000;
+    static NEXT: Mutex<Option<u32>> = Mutex::new(None);
+    let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
+    // Two runs at once start at different places.
+    let next = next.get_or_insert_with(|| std::process::id().wrapping_mul(0x9e37_79b9) >> 8);
+    for _ in 0..COUNT {
+        *next = next.wrapping_add(1);
+        let port = LOW + u16::try_from(*next % COUNT).expect("below the count");
+        let is_free = TcpListener::bind(("127.0.0.1", port)).is_ok()
+            && UdpSocket::bind(("127.0.0.1", port)).is_ok();
+        if is_free {
             return port;
         }
     }

@@ -13,7 +13,9 @@ use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
-use strowger_contract::{BackendId, ClassId, CloseCause, Note, RequestOutcome, WorkerId};
+use strowger_contract::{
+    AttemptOutcome, BackendId, ClassId, CloseCause, Note, RequestOutcome, WorkerId,
+};
 
 use crate::routing::{PoolView, SessionsView};
 
@@ -67,6 +69,9 @@ struct Families {
     drops: IntCounterVec,
     retries: IntCounterVec,
     counts: IntCounterVec,
+    answers: IntCounterVec,
+    attempts: IntCounterVec,
+    post_dial: HistogramVec,
     connections: IntGaugeVec,
     opened: IntCounterVec,
     closed: IntCounterVec,
@@ -162,6 +167,24 @@ impl Metrics {
                 "strowger_protocol_total",
                 "What a protocol counts besides",
                 &["listener", "what"],
+            ),
+            answers: counter(
+                &registry,
+                "strowger_answers_total",
+                "First provisional and final answers to requests, by method and class of code",
+                &["listener", "method", "code", "pool", "backend"],
+            ),
+            attempts: counter(
+                &registry,
+                "strowger_call_attempts_total",
+                "Attempts to set up a call, by how they came out (answer-seizure ratio)",
+                &["listener", "pool", "backend", "outcome"],
+            ),
+            post_dial: histogram(
+                &registry,
+                "strowger_post_dial_delay_seconds",
+                "From a call's request to the first thing that the caller hears of it",
+                &["listener", "pool"],
             ),
             connections: gauge(&registry, "strowger_connections", "Clients' connections now", at),
             opened: counter(
@@ -291,6 +314,12 @@ impl Metrics {
             drops: Words::new(&families.drops),
             retries: Words::new(&families.retries),
             counts: Words::new(&families.counts),
+            answers: families.answers.clone(),
+            attempts: families.attempts.clone(),
+            post_dial: families.post_dial.clone(),
+            answer_handles: HashMap::new(),
+            attempt_handles: HashMap::new(),
+            post_dial_handles: HashMap::new(),
             closed: Words::new(&families.closed),
             send_failures: Words::new(&families.send_failures),
             classes: HashMap::new(),
@@ -374,6 +403,7 @@ fn pools_registry(pools: &[PoolView], sessions: &SessionsView) -> Registry {
     let in_flight =
         gauge(&registry, "strowger_backend_in_flight", "Requests or flows under way", labels);
     let live = gauge(&registry, "strowger_backend_sessions", "Sessions that it holds", labels);
+    let held = gauge(&registry, "strowger_backend_calls", "Calls that take a slot of it", labels);
     let weight = gauge(
         &registry,
         "strowger_backend_effective_weight",
@@ -398,6 +428,7 @@ fn pools_registry(pools: &[PoolView], sessions: &SessionsView) -> Registry {
             state.with_label_values(&[&pool.name, &backend.id, backend.state]).set(1);
             in_flight.with_label_values(at).set(i64::from(backend.in_flight));
             live.with_label_values(at).set(backend.sessions as i64);
+            held.with_label_values(at).set(backend.held as i64);
             weight.with_label_values(at).set(i64::from(backend.effective_weight));
             requests.with_label_values(at).inc_by(backend.requests);
             for (outcome, count) in [
@@ -430,6 +461,23 @@ fn pools_registry(pools: &[PoolView], sessions: &SessionsView) -> Registry {
         totals.with_label_values(&[what]).inc_by(count);
     }
     registry
+}
+
+/// Answers' codes as their label writes them, by the first digit.
+const CODES: [&str; 7] = ["other", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx"];
+
+/// Resolved handles that one listener and worker keep of a kind; backends come and go, and the
+/// family keeps the series anyway.
+const HANDLES_MAX: usize = 65_536;
+
+fn bound<K, V>(handles: &mut HashMap<K, V>) {
+    if handles.len() >= HANDLES_MAX {
+        handles.clear();
+    }
+}
+
+fn place(backend: Option<BackendId>, names: &dyn NameView) -> (&str, &str) {
+    backend.and_then(|backend| names.backend(backend)).unwrap_or(("", ""))
 }
 
 /// Counters by words of the source, resolved when first used.
@@ -485,6 +533,12 @@ pub struct ListenerMetrics {
     drops: Words,
     retries: Words,
     counts: Words,
+    answers: IntCounterVec,
+    attempts: IntCounterVec,
+    post_dial: HistogramVec,
+    answer_handles: HashMap<(&'static str, u8, Option<BackendId>), IntCounter>,
+    attempt_handles: HashMap<(AttemptOutcome, Option<BackendId>), IntCounter>,
+    post_dial_handles: HashMap<Option<BackendId>, Histogram>,
     closed: Words,
     send_failures: Words,
     classes: HashMap<ClassId, ClassHandles>,
@@ -520,9 +574,53 @@ impl ListenerMetrics {
             Note::Drop(why) => self.drops.count(&self.name, why),
             Note::Retry(why) => self.retries.count(&self.name, why),
             Note::Count(what) => self.counts.count(&self.name, what),
-            // Counted where it is logged.
-            Note::Event { .. } => {}
+            Note::Answer { method, class, backend } => {
+                self.answer(method, *class, *backend, names);
+            }
+            Note::Attempt { outcome, backend, post_dial } => {
+                self.attempt(*outcome, *backend, *post_dial, names);
+            }
+            // Counted where it is logged; records go to their sinks.
+            Note::Event { .. } | Note::Call(_) => {}
         }
+    }
+
+    fn answer(
+        &mut self,
+        method: &'static str,
+        class: u8,
+        backend: Option<BackendId>,
+        names: &dyn NameView,
+    ) {
+        bound(&mut self.answer_handles);
+        let (family, listener) = (&self.answers, self.name.as_str());
+        let resolve = || {
+            let (pool, name) = place(backend, names);
+            let code = CODES.get(usize::from(class)).copied().unwrap_or("other");
+            family.with_label_values(&[listener, method, code, pool, name])
+        };
+        self.answer_handles.entry((method, class, backend)).or_insert_with(resolve).inc();
+    }
+
+    fn attempt(
+        &mut self,
+        outcome: AttemptOutcome,
+        backend: Option<BackendId>,
+        post_dial: Option<Duration>,
+        names: &dyn NameView,
+    ) {
+        bound(&mut self.attempt_handles);
+        bound(&mut self.post_dial_handles);
+        let (family, listener) = (&self.attempts, self.name.as_str());
+        let resolve = || {
+            let (pool, name) = place(backend, names);
+            family.with_label_values(&[listener, pool, name, outcome.word()])
+        };
+        self.attempt_handles.entry((outcome, backend)).or_insert_with(resolve).inc();
+        let Some(delay) = post_dial else { return };
+        let family = &self.post_dial;
+        let resolve = || family.with_label_values(&[listener, place(backend, names).0]);
+        self.post_dial_handles.entry(backend).or_insert_with(resolve).observe(delay.as_secs_f64());
     }
 
     fn request(

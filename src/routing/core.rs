@@ -503,6 +503,23 @@ impl Core {
         self.table.insert(session.keyed, backend, class, seconds(self.clock(now)), ttl)
     }
 
+    pub(super) fn hold(
+        &self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) -> Learned {
+        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        self.table.hold(session.keyed, backend, class, seconds(self.clock(now)), ttl)
+    }
+
+    /// How many sessions hold a slot of the backend.
+    pub(super) fn held_by(&self, backend: BackendId) -> u32 {
+        u32::try_from(self.table.held_by(backend)).unwrap_or(u32::MAX)
+    }
+
     pub(super) fn forget(&self, now: Instant, session: SessionKey) {
         self.table.remove(session.keyed, seconds(self.clock(now)));
     }

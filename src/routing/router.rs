@@ -40,6 +40,7 @@ pub struct CoreRouter {
 struct Asked<'a> {
     now: u64,
     query: &'a Query<'a>,
+    core: &'a Core,
     /// Illness is overlooked.
     panic: bool,
 }
@@ -153,7 +154,8 @@ impl CoreRouter {
 
     fn balanced(&mut self, pool: &Arc<Pool>, now: u64, query: &Query<'_>) -> Verdict {
         let mut misses = Misses::default();
-        let mut asked = Asked { now, query, panic: pool.is_panicking() };
+        let core = Arc::clone(&self.core);
+        let mut asked = Asked { now, query, core: &core, panic: pool.is_panicking() };
         let mut found = self.choose(pool, &asked, &mut misses);
         if found.is_none() && !misses.full && pool.spec.panic_percent > 0 && !asked.panic {
             // Nobody is well, and the next review has not yet said so.
@@ -356,7 +358,7 @@ impl Asked<'_> {
             misses.incapable = true;
             return false;
         }
-        if backend.is_full() {
+        if backend.is_full(self.core.held_by(backend.id)) {
             misses.full = true;
             return false;
         }
@@ -447,6 +449,17 @@ impl Router for CoreRouter {
                 | Learned::Evicted
                 | Learned::Refused
         ));
+    }
+
+    fn hold(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) {
+        let _what_became_of_it = self.core.hold(now, session, backend, class, ttl);
     }
 
     fn forget(&mut self, now: Instant, session: SessionKey) {

@@ -113,10 +113,10 @@ impl Backend {
         self.spec.weight > 0 && matches!(self.state(), InstanceState::Ready | InstanceState::Canary)
     }
 
-    /// Whether all its slots are taken.
-    pub(super) fn is_full(&self) -> bool {
-        self.live.is_congested()
-            || self.spec.capacity.is_some_and(|capacity| self.live.in_flight() >= capacity)
+    /// Whether all its slots are taken, by requests in flight and by the `held` sessions.
+    pub(super) fn is_full(&self, held: u32) -> bool {
+        let taken = || self.live.in_flight().saturating_add(held);
+        self.live.is_congested() || self.spec.capacity.is_some_and(|capacity| taken() >= capacity)
     }
 }
 

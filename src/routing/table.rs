@@ -31,12 +31,16 @@ pub(super) const CLASSES_COUNTED: usize = 16;
 struct Slot {
     /// 0: empty.
     fingerprint: u64,
+    /// The backend's number, and [`HELD`].
     backend: u32,
     /// Expiry in the upper 24 bits, class in the lower 8.
     expiry_class: u32,
 }
 
 const _: () = assert!(size_of::<Slot>() == 16);
+
+/// The session takes one of its backend's slots. Backend numbers are far below this bit.
+const HELD: u32 = 1 << 31;
 
 impl Slot {
     fn expiry(self) -> u32 {
@@ -45,6 +49,14 @@ impl Slot {
 
     fn class(self) -> u8 {
         self.expiry_class as u8
+    }
+
+    fn backend(self) -> BackendId {
+        BackendId(self.backend & !HELD)
+    }
+
+    fn is_held(self) -> bool {
+        self.backend & HELD != 0
     }
 
     fn is_expired(self, now: u32) -> bool {
@@ -74,6 +86,7 @@ pub struct SessionTable {
     shards: Vec<Mutex<Shard>>,
     buckets_per_shard: usize,
     counts: SessionCounts,
+    held: SessionCounts,
     swept: AtomicU64,
     classes: [AtomicU64; CLASSES_COUNTED],
     created: AtomicU64,
@@ -100,6 +113,7 @@ impl SessionTable {
                 .collect(),
             buckets_per_shard: per_shard / BUCKET,
             counts: SessionCounts::default(),
+            held: SessionCounts::default(),
             swept: AtomicU64::new(0),
             classes: Default::default(),
             created: AtomicU64::new(0),
@@ -118,7 +132,7 @@ impl SessionTable {
             .places(fingerprint)
             .map(|at| shard.slots[at])
             .find(|slot| slot.fingerprint == fingerprint)?;
-        (!slot.is_expired(now)).then_some((BackendId(slot.backend), ClassId(slot.class())))
+        (!slot.is_expired(now)).then_some((slot.backend(), ClassId(slot.class())))
     }
 
     /// Notes that a session lives on `backend` for `ttl` seconds from `now`.
@@ -130,13 +144,25 @@ impl SessionTable {
         now: u32,
         ttl: u32,
     ) -> Learned {
+        self.enter_for(key, backend.0 & !HELD, class, now, ttl)
+    }
+
+    /// As [`SessionTable::insert`], for a session that takes a slot of the backend.
+    pub fn hold(
+        &self,
+        key: u64,
+        backend: BackendId,
+        class: ClassId,
+        now: u32,
+        ttl: u32,
+    ) -> Learned {
+        self.enter_for(key, backend.0 | HELD, class, now, ttl)
+    }
+
+    fn enter_for(&self, key: u64, backend: u32, class: ClassId, now: u32, ttl: u32) -> Learned {
         let fingerprint = key.max(1);
         let expiry = now.wrapping_add(ttl.clamp(1, TTL_MAX)) & TIME_MASK;
-        let new = Slot {
-            fingerprint,
-            backend: backend.0,
-            expiry_class: expiry << 8 | u32::from(class.0),
-        };
+        let new = Slot { fingerprint, backend, expiry_class: expiry << 8 | u32::from(class.0) };
         let mut shard = self.shard(fingerprint);
         let found = self.places(fingerprint).find(|&at| shard.slots[at].fingerprint == fingerprint);
         if let Some(at) = found {
@@ -169,7 +195,11 @@ impl SessionTable {
         Learned::Evicted
     }
 
-    fn replace(&self, slot: &mut Slot, new: Slot, now: u32) -> Learned {
+    fn replace(&self, slot: &mut Slot, mut new: Slot, now: u32) -> Learned {
+        if slot.backend() == new.backend() && !slot.is_expired(now) {
+            // What is held stays so until it ends.
+            new.backend |= slot.backend & HELD;
+        }
         let old = std::mem::replace(slot, new);
         if old.is_expired(now) {
             self.expired.fetch_add(1, Relaxed);
@@ -181,11 +211,17 @@ impl SessionTable {
             self.class_count(old.class()).fetch_sub(1, Relaxed);
             self.class_count(new.class()).fetch_add(1, Relaxed);
         }
-        if old.backend == new.backend {
+        if old.is_held() {
+            self.held.remove(old.backend());
+        }
+        if new.is_held() {
+            self.held.add(new.backend());
+        }
+        if old.backend() == new.backend() {
             return Learned::Refreshed;
         }
-        self.counts.remove(BackendId(old.backend));
-        self.counts.add(BackendId(new.backend));
+        self.counts.remove(old.backend());
+        self.counts.add(new.backend());
         Learned::Moved
     }
 
@@ -225,6 +261,11 @@ impl SessionTable {
         self.counts.get(backend)
     }
 
+    /// How many sessions hold a slot of a backend.
+    pub fn held_by(&self, backend: BackendId) -> u64 {
+        self.held.get(backend)
+    }
+
     /// How many slots there are.
     pub fn capacity(&self) -> usize {
         self.buckets_per_shard * BUCKET * SHARDS
@@ -247,12 +288,18 @@ impl SessionTable {
     fn enter(&self, slot: Slot) {
         self.created.fetch_add(1, Relaxed);
         self.class_count(slot.class()).fetch_add(1, Relaxed);
-        self.counts.add(BackendId(slot.backend));
+        self.counts.add(slot.backend());
+        if slot.is_held() {
+            self.held.add(slot.backend());
+        }
     }
 
     fn leave(&self, slot: Slot) {
         self.class_count(slot.class()).fetch_sub(1, Relaxed);
-        self.counts.remove(BackendId(slot.backend));
+        self.counts.remove(slot.backend());
+        if slot.is_held() {
+            self.held.remove(slot.backend());
+        }
     }
 
     fn class_count(&self, class: u8) -> &AtomicU64 {
@@ -356,18 +403,24 @@ mod tests {
         /// Against a map: while nothing must be evicted, both say the same, and each backend's
         /// count is the number of its live entries.
         #[test]
-        fn agrees_with_a_map(ops in prop::collection::vec((0u64..200, 0u32..5, 0u8..3, 1u32..50, 0u32..10), 1..400)) {
+        fn agrees_with_a_map(ops in prop::collection::vec((0u64..200, 0u32..5, 0u8..4, 1u32..50, 0u32..10), 1..400)) {
             let table = SessionTable::new(1 << 14);
-            let mut model: HashMap<u64, (u32, u8, u32)> = HashMap::new();
+            let mut model: HashMap<u64, (u32, bool, u32)> = HashMap::new();
             let mut now = 1_000;
             for (key, backend, op, ttl, step) in ops {
                 now += step;
                 let key = spread(key);
                 model.retain(|_, (_, _, until)| *until > now);
                 match op {
-                    0 => {
-                        let learned = table.insert(key, BackendId(backend), ClassId(op), now, ttl);
-                        let expected = match model.insert(key, (backend, op, now + ttl)) {
+                    0 | 3 => {
+                        let learned = if op == 3 {
+                            table.hold(key, BackendId(backend), ClassId(op), now, ttl)
+                        } else {
+                            table.insert(key, BackendId(backend), ClassId(op), now, ttl)
+                        };
+                        let before = model.get(&key).copied();
+                        let held = op == 3 || before.is_some_and(|(old, held, _)| held && old == backend);
+                        let expected = match model.insert(key, (backend, held, now + ttl)) {
                             None => Learned::Created,
                             Some((old, ..)) if old == backend => Learned::Refreshed,
                             Some(_) => Learned::Moved,
@@ -381,6 +434,8 @@ mod tests {
                 for backend in 0..5 {
                     let expected = model.values().filter(|entry| entry.0 == backend).count() as u64;
                     prop_assert_eq!(table.sessions_of(BackendId(backend)), expected);
+                    let held = model.values().filter(|entry| entry.0 == backend && entry.1).count() as u64;
+                    prop_assert_eq!(table.held_by(BackendId(backend)), held);
                 }
                 let totals = table.totals();
                 prop_assert_eq!(totals.live, model.len() as u64);

@@ -48,6 +48,8 @@ pub struct PoolBackendView {
     pub in_flight: u32,
     /// Sessions in the table.
     pub sessions: u64,
+    /// Those of them that take a slot: calls under way.
+    pub held: u64,
     /// Requests sent to it.
     pub requests: u64,
     /// Good answers.
@@ -142,6 +144,7 @@ impl Core {
             capacity: backend.spec.capacity,
             in_flight: live.in_flight(),
             sessions: self.table().sessions_of(backend.id),
+            held: self.table().held_by(backend.id),
             requests: live.requests.load(Relaxed),
             answered: live.answered.load(Relaxed),
             refused: live.refused.load(Relaxed),

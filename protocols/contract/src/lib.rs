@@ -10,6 +10,7 @@
 //! | [`ids`] | numbers that name workers, flows, pools, backends, classes |
 //! | [`message`] | where a message came from, where one goes, what happens to a peer |
 //! | [`framing`] | cutting a byte stream into messages |
+//! | [`call`] | what becomes of calls: records and outcomes |
 //! | [`class`] | QoS classes: tier, deadline, shares |
 //! | [`session`] | session keys: one stable hash to place by, one keyed hash to look up by |
 //! | [`token`] | the signed text that carries an instance through a protocol field |
@@ -22,6 +23,7 @@
 //! | [`wheel`] | timers without a clock |
 #![forbid(unsafe_code)]
 
+pub mod call;
 pub mod class;
 pub mod duration;
 pub mod engine;
@@ -36,6 +38,7 @@ pub mod session;
 pub mod token;
 pub mod wheel;
 
+pub use call::{AttemptOutcome, CallEnd, CallPhase, CallRecord, CallSide};
 pub use class::{Class, OnMiss};
 pub use engine::Engine;
 pub use framing::{DatagramFramer, FrameError, Framer, Framing};

@@ -6,7 +6,9 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use crate::{BackendId, ClassId, Endpoint, FlowId, Message, Refusal, WorkerId};
+use crate::{
+    AttemptOutcome, BackendId, CallRecord, ClassId, Endpoint, FlowId, Message, Refusal, WorkerId,
+};
 
 /// Bytes for one endpoint.
 #[derive(Clone, Debug)]
@@ -133,6 +135,27 @@ pub enum Note {
     Retry(&'static str),
     /// Something else that has a name: counted under it.
     Count(&'static str),
+    /// A final answer, or the first provisional one, went to a requester.
+    Answer {
+        /// The request's method, or `other`.
+        method: &'static str,
+        /// The answer's first digit, 1 to 6.
+        class: u8,
+        /// Who gave it; `None`: the edge itself, or a side that is no backend.
+        backend: Option<BackendId>,
+    },
+    /// An attempt to set up a call ended, in an answer or without.
+    Attempt {
+        /// How.
+        outcome: AttemptOutcome,
+        /// The instance that it ended at.
+        backend: Option<BackendId>,
+        /// From the request's arrival to the first provisional answer that the caller hears of, or
+        /// to the 2xx, if either came.
+        post_dial: Option<Duration>,
+    },
+    /// A call went a step further. Only where the listener's options ask for records.
+    Call(Box<CallRecord>),
     /// Something worth a log line; rate-limited by the runtime, counted under its name.
     Event {
         /// How much it matters.

@@ -67,7 +67,19 @@ pub trait Router {
         ttl: Duration,
     );
 
-    /// Ends a session. Unknown ones are ignored.
+    /// As [`Router::learn`], for a session that takes one of the backend's slots until it ends (a
+    /// call): a backend with a capacity takes new sessions only while its requests in flight and its
+    /// held sessions are fewer. A session that was learned before becomes a held one.
+    fn hold(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    );
+
+    /// Ends a session, held or not. Unknown ones are ignored.
     fn forget(&mut self, now: Instant, session: SessionKey);
 
     /// Where the table says that a session lives, if it says so.

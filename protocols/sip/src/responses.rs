@@ -177,7 +177,7 @@ impl SipEngine {
             && let (Some(backend), Some(pool)) = (backend, transaction.pool)
         {
             let ttl = router.session_ttl(pool);
-            router.learn(now, transaction.session, backend, transaction.class, ttl);
+            router.hold(now, transaction.session, backend, transaction.class, ttl);
         }
         if transaction.bye {
             router.forget(now, transaction.session);
@@ -295,7 +295,7 @@ impl SipEngine {
             && let (Some(backend), Some(pool)) = (backend, transaction.pool)
         {
             let ttl = router.session_ttl(pool);
-            router.learn(now, transaction.session, backend, transaction.class, ttl);
+            router.hold(now, transaction.session, backend, transaction.class, ttl);
         }
         transaction.state = State::Accepted;
         transaction.repeat_at = None;

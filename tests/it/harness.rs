@@ -87,10 +87,13 @@ impl Process {
     }
 
     pub(crate) fn hang_up(&self) {
-        Command::new("kill")
-            .args(["-HUP", &self.child.id().to_string()])
-            .status()
-            .expect("kill runs");
+        self.signal("HUP");
+    }
+
+    /// Sends a signal, such as `STOP`.
+    pub(crate) fn signal(&self, name: &str) {
+        let pid = self.child.id().to_string();
+        Command::new("kill").args([&format!("-{name}"), &pid]).status().expect("kill runs");
     }
 
     /// Waits for its end; its exit code.

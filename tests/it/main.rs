@@ -5,6 +5,7 @@
 
 mod demo;
 mod diameter;
+mod diameter_peers;
 mod harness;
 mod reload;
 mod sip;

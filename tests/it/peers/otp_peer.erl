@@ -1,6 +1,6 @@
 %% A Diameter client and server on Erlang/OTP's own stack, with the base accounting application.
 -module(otp_peer).
--export([server/1, client/2]).
+-export([server/1, server/2, client/2, client/4]).
 -export([peer_up/3, peer_down/3, pick_peer/4, prepare_request/3, prepare_retransmit/3,
          handle_answer/4, handle_error/4, handle_request/3]).
 
@@ -9,23 +9,31 @@ service(Host) ->
      {'Acct-Application-Id', [3]},
      {application, [{alias, acct}, {dictionary, diameter_gen_acct_rfc6733}, {module, ?MODULE}]}].
 
-server(Port) ->
+server(Port) -> server(Port, "server.example.net").
+
+server(Port, Host) ->
     ok = diameter:start(),
-    ok = diameter:start_service(srv, service("server.example.net")),
+    ok = diameter:start_service(srv, service(Host)),
     {ok, _} = diameter:add_transport(srv, {listen, [{transport_module, diameter_tcp},
         {transport_config, [{reuseaddr, true}, {ip, {127,0,0,1}}, {port, Port}]}]}),
     receive stop -> ok end.
 
-client(Port, Count) ->
+client(Port, Count) -> client(Port, Count, "client.example.net", 1).
+
+%% Count requests by each of so many processes at once, each with a session of its own per request.
+client(Port, Count, Host, Parallel) ->
     ok = diameter:start(),
-    ok = diameter:start_service(cli, service("client.example.net")),
+    ok = diameter:start_service(cli, service(Host)),
     true = diameter:subscribe(cli),
     {ok, _} = diameter:add_transport(cli, {connect, [{transport_module, diameter_tcp},
         {transport_config, [{raddr, {127,0,0,1}}, {rport, Port}]}]}),
     up(),
-    Good = lists:sum([call(N) || N <- lists:seq(1, Count)]),
+    Self = self(),
+    Work = fun() -> Self ! {good, lists:sum([call(Host, N) || N <- lists:seq(1, Count)])} end,
+    [spawn_link(Work) || _ <- lists:seq(1, Parallel)],
+    Good = lists:sum([receive {good, Part} -> Part end || _ <- lists:seq(1, Parallel)]),
     io:format("~p answered~n", [Good]),
-    halt(case Good of Count -> 0; _ -> 1 end).
+    halt(case Count * Parallel of Good -> 0; _ -> 1 end).
 
 up() ->
     receive
@@ -35,8 +43,8 @@ up() ->
         halt(1)
     end.
 
-call(N) ->
-    Session = unicode:characters_to_list(diameter:session_id("client.example.net")),
+call(Host, N) ->
+    Session = unicode:characters_to_list(diameter:session_id(Host)),
     Request = ['ACR', {'Session-Id', Session}, {'Accounting-Record-Type', 1},
                {'Accounting-Record-Number', N}, {'Acct-Application-Id', [3]}],
     case diameter:call(cli, acct, Request, []) of

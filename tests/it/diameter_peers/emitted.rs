@@ -1,0 +1,1 @@
+//! Each kind of message that the edge emits.

@@ -20,6 +20,7 @@
 //! | [`engine`] | the per-worker state machine of a protocol |
 //! | [`protocol`] | the pluggable unit: options, factory, probes |
 //! | [`duration`] | durations as configurations write them |
+//! | [`trace`] | which messages belong to a trace |
 //! | [`wheel`] | timers without a clock |
 #![forbid(unsafe_code)]
 
@@ -36,6 +37,7 @@ pub mod query;
 pub mod router;
 pub mod session;
 pub mod token;
+pub mod trace;
 pub mod wheel;
 
 pub use call::{AttemptOutcome, CallEnd, CallPhase, CallRecord, CallSide};
@@ -50,4 +52,5 @@ pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
 pub use router::{BackendView, Link, Router};
 pub use session::{Keyer, SessionKey, stable_hash};
 pub use token::{Token, TokenKeys};
+pub use trace::Tracer;
 pub use wheel::Wheel;

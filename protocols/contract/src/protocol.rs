@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::{Engine, Framer, PoolId, Transport, WorkerId};
+use crate::{Engine, Framer, PoolId, Tracer, Transport, WorkerId};
 
 /// How streams to backends are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,4 +165,30 @@ pub trait Protocol: Send + Sync + 'static {
     /// How long a stream may take for its first whole message, and for the rest of a message that
     /// has begun; slow senders are cut off after it.
     const MESSAGE_TIMEOUT: Duration = Duration::from_secs(32);
+
+    /// What a trace may follow (`call-id`, `from-user`); the first is meant where a key names no
+    /// kind. Empty: the protocol's messages cannot be traced.
+    const TRACE_KEYS: &'static [&'static str] = &[];
+
+    /// Makes what finds the messages of a trace. `kind` is one of [`Protocol::TRACE_KEYS`].
+    ///
+    /// # Errors
+    /// The value cannot be one of that kind; why.
+    fn tracer(kind: &str, value: &str) -> Result<Box<dyn Tracer>, String> {
+        let _unused = (kind, value);
+        Err(format!("{} cannot be traced", Self::NAME))
+    }
+
+    /// What a message has in common with the others of its conversation (SIP: the Call-ID), for
+    /// sampling and exports. Off the workers' threads.
+    fn conversation(message: &[u8]) -> Option<&[u8]> {
+        let _unused = message;
+        None
+    }
+
+    /// A message in a few words for people (`INVITE sip:bob@example.net`, `180 Ringing`). Off the
+    /// workers' threads; only printable characters.
+    fn describe(message: &[u8]) -> String {
+        format!("{} bytes", message.len())
+    }
 }

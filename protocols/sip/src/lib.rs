@@ -11,6 +11,7 @@
 //! | `transaction` | what is under way |
 //! | `engine`, `requests`, `responses`, `timers` | the proxy |
 //! | `probe` | OPTIONS as a health check |
+//! | `trace` | which messages belong to a traced call |
 #![forbid(unsafe_code)]
 
 pub mod branch;
@@ -26,12 +27,13 @@ mod responses;
 pub mod scan;
 mod target;
 mod timers;
+mod trace;
 mod transaction;
 pub mod uri;
 pub mod via;
 mod write;
 
-use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Transport};
+use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Tracer, Transport};
 
 pub use engine::SipEngine;
 pub use frame::SipFramer;
@@ -66,6 +68,20 @@ impl Protocol for Sip {
 
     fn reconfigure(engine: &mut SipEngine, context: &Context<'_, Self>) {
         engine.reconfigure(context);
+    }
+
+    const TRACE_KEYS: &'static [&'static str] = trace::KEYS;
+
+    fn tracer(kind: &str, value: &str) -> Result<Box<dyn Tracer>, String> {
+        trace::tracer(kind, value)
+    }
+
+    fn conversation(message: &[u8]) -> Option<&[u8]> {
+        trace::conversation(message)
+    }
+
+    fn describe(message: &[u8]) -> String {
+        trace::describe(message)
     }
 
     fn probe(name: &str) -> Option<Box<dyn Probe>> {

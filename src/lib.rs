@@ -19,12 +19,14 @@
 //! | [`observe`] | metrics, events, logs |
 //! | [`protocols`] | the one list of protocols |
 //! | [`edge`] | puts them together: one running edge |
+//! | [`load`] | the load generator: both sides of an edge, open loop |
 //! | [`demo`] | sample workloads and traffic on loopback |
 
 pub mod cli;
 pub mod control;
 pub mod demo;
 pub mod edge;
+pub mod load;
 pub mod observe;
 pub mod protocols;
 pub mod routing;

@@ -91,6 +91,11 @@ enum Command {
         /// POOL/INSTANCE.
         instance: String,
     },
+    /// Load an edge, or anything else: clients and servers in one open loop, with a report.
+    Load {
+        #[command(subcommand)]
+        load: strowger::load::Load,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -145,6 +150,7 @@ impl Command {
             Self::Sessions { admin, key } => cli::sessions(&admin, key.as_deref())?,
             Self::Drain { admin, instance, deadline } => cli::drain(&admin, &instance, deadline)?,
             Self::Undrain { admin, instance } => cli::undrain(&admin, &instance)?,
+            Self::Load { load } => strowger::load::run(&load)?,
             Self::Completions { shell } => {
                 clap_complete::generate(
                     shell,

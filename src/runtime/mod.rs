@@ -25,7 +25,7 @@ mod mailbox;
 mod shared;
 mod splice;
 mod stream;
-mod sys;
+pub(crate) mod sys;
 mod worker;
 
 pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};

@@ -7,6 +7,7 @@ mod demo;
 mod diameter;
 mod diameter_peers;
 mod harness;
+mod load;
 mod reload;
 mod sip;
 mod tcp;

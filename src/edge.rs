@@ -274,6 +274,7 @@ fn core_settings(loaded: &Loaded, random: &[u8; 56]) -> CoreSettings {
         keyer: Keyer::new(part(16)),
         seed: u64::from_le_bytes(seed),
         sessions_max: loaded.node.sessions_max,
+        bindings_max: loaded.node.bindings_max,
         workers: loaded.node.workers.unwrap_or(cores as u8),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -11,10 +11,12 @@ use strowger_contract::{
     BackendId, Class, ClassId, Keyer, Link, Outcome, Pin, SessionKey, TokenKeys, WorkerId,
 };
 
+use super::bindings::BindingTable;
 use super::events::{CoreEvent, Happening, Plan};
 use super::flows::FlowNames;
 use super::live::{BackendLive, LiveChange};
 use super::names::PoolNames;
+use super::peers::Peers;
 use super::router::CoreRouter;
 use super::snapshot::{Backend, Pool, PoolLive, Snapshot};
 use super::spec::{BackendSpec, PoolSpec, SnapshotSpec};
@@ -41,6 +43,9 @@ pub struct CoreSettings {
     pub seed: u64,
     /// Room in the session table, in sessions; 16 bytes each.
     pub sessions_max: usize,
+    /// Sessions that bind subscribers, at most; [`super::BYTES_PER_BINDING`] each, taken when the
+    /// first pool has `bind_keys`.
+    pub bindings_max: usize,
     /// How many workers there are.
     pub workers: u8,
 }
@@ -54,6 +59,8 @@ pub struct Core {
     snapshot: ArcSwap<Snapshot>,
     tokens: ArcSwap<TokenKeys>,
     table: SessionTable,
+    bindings: OnceLock<BindingTable>,
+    peers: Peers,
     flows: FlowNames,
     draining: AtomicBool,
     changes: Mutex<Changes>,
@@ -101,6 +108,8 @@ impl Core {
             snapshot: ArcSwap::from_pointee(snapshot),
             tokens: ArcSwap::from_pointee(settings.token_keys.clone()),
             table: SessionTable::new(settings.sessions_max),
+            bindings: OnceLock::new(),
+            peers: Peers::default(),
             flows: FlowNames::default(),
             draining: AtomicBool::new(false),
             changes: Mutex::default(),
@@ -141,6 +150,10 @@ impl Core {
             .max(1)
     }
 
+    pub(super) fn since_start(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.start)
+    }
+
     pub(super) fn seed(&self) -> u64 {
         self.settings.seed
     }
@@ -159,6 +172,14 @@ impl Core {
 
     pub(super) fn table(&self) -> &SessionTable {
         &self.table
+    }
+
+    pub(super) fn bindings(&self) -> Option<&BindingTable> {
+        self.bindings.get()
+    }
+
+    pub(super) fn peers(&self) -> &Peers {
+        &self.peers
     }
 
     pub(super) fn live(&self, backend: BackendId) -> Option<Arc<BackendLive>> {
@@ -206,7 +227,7 @@ impl Core {
         }
     }
 
-    fn tell_of(&self, backend: &Backend, happening: Happening) {
+    pub(super) fn tell_of(&self, backend: &Backend, happening: Happening) {
         self.tell(CoreEvent::of(&backend.pool_name, Some(&backend.spec.id), happening));
     }
 
@@ -215,6 +236,9 @@ impl Core {
     /// pool's debounce is over.
     pub fn apply(&self, now: Instant, wanted: SnapshotSpec) -> Plan {
         let now = self.clock(now);
+        if wanted.pools.iter().any(|pool| !pool.bind_places.is_empty()) {
+            self.bindings.get_or_init(|| BindingTable::new(self.settings.bindings_max));
+        }
         let mut changes = self.changes();
         let before: HashSet<Identity> = present(&changes.known).cloned().collect();
         let pools_before: HashSet<String> =
@@ -319,6 +343,7 @@ impl Core {
     pub fn tick(&self, now: Instant) -> Vec<CoreEvent> {
         let clock = self.clock(now);
         self.table.sweep(seconds(clock), SWEEP_CHUNKS);
+        self.sweep_bindings(seconds(clock), SWEEP_CHUNKS);
         let snapshot = self.snapshot.load_full();
         for pool in snapshot.pools() {
             for backend in pool.backends() {
@@ -660,6 +685,6 @@ fn find<'a>(
     Ok((pool, backend))
 }
 
-fn seconds(clock: u64) -> u32 {
+pub(super) fn seconds(clock: u64) -> u32 {
     (clock / 1_000) as u32
 }

@@ -50,6 +50,11 @@ pub enum Happening {
     },
     /// Its ejection is over.
     BackendReturned,
+    /// It started again and lost its sessions.
+    BackendRestarted {
+        /// How many the edge knew of.
+        sessions: u64,
+    },
     /// It is new.
     BackendAdded,
     /// It is no longer wanted.
@@ -86,6 +91,7 @@ impl CoreEvent {
             Happening::BackendDown { .. } => "backend_down",
             Happening::BackendEjected { .. } => "backend_ejected",
             Happening::BackendReturned => "backend_returned",
+            Happening::BackendRestarted { .. } => "backend_restarted",
             Happening::BackendAdded => "backend_added",
             Happening::BackendRemoved => "backend_removed",
             Happening::DrainStarted { .. } => "drain_started",
@@ -102,6 +108,7 @@ impl CoreEvent {
             self.what,
             Happening::BackendDown { .. }
                 | Happening::BackendEjected { .. }
+                | Happening::BackendRestarted { .. }
                 | Happening::PoolPanic { on: true }
         )
     }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
-use strowger_contract::{Link, Outcome};
+use strowger_contract::{Link, Outcome, Rate};
 
 /// How many capabilities of one backend are remembered. A CER of a 3GPP node names about ten
 /// applications.
@@ -48,6 +48,9 @@ pub struct BackendLive {
     identity: Mutex<String>,
     capabilities: [AtomicU32; CAPABILITIES_MAX],
     capability_count: AtomicU32,
+    favour_permille: AtomicU32,
+    favour_until: AtomicU64,
+    buckets: [AtomicU64; 2],
     /// Requests sent to it.
     pub(super) requests: AtomicU64,
     /// Answers that do not speak against it.
@@ -183,6 +186,33 @@ impl BackendLive {
         capability == 0
             || self.capability_count.load(Relaxed) == 0
             || self.capabilities().any(|known| known == capability || known == CAPABILITY_ANY)
+    }
+
+    /// Scales its share of new sessions until then.
+    pub(super) fn favour(&self, permille: u32, until: u64) {
+        self.favour_permille.store(permille.min(1_000), Relaxed);
+        self.favour_until.store(until, Relaxed);
+    }
+
+    /// The part of its share that it wants now, in thousandths.
+    pub(super) fn favoured(&self, now: u64) -> u32 {
+        if self.favour_until.load(Relaxed) <= now {
+            return 1_000;
+        }
+        self.favour_permille.load(Relaxed)
+    }
+
+    /// Takes a place in a bucket at nanosecond `now` (the generic cell rate algorithm: one number, the
+    /// time at which the bucket will be full again).
+    pub(super) fn pace(&self, now: u64, bucket: usize, rate: Rate) -> bool {
+        let Some(full_at) = self.buckets.get(bucket) else { return true };
+        let each = 1_000_000_000 / u64::from(rate.per_second.max(1));
+        let reach = each * u64::from(rate.burst.max(1));
+        let next = |full_at: u64| {
+            let next = full_at.max(now) + each;
+            (next - now <= reach).then_some(next)
+        };
+        full_at.fetch_update(Relaxed, Relaxed, next).is_ok()
     }
 
     /// Its link's queue is full, or no longer.
@@ -417,6 +447,24 @@ mod tests {
         assert_eq!(live.ramp(6_000, ten), 500);
         assert_eq!(live.ramp(11_000, ten), 1_000);
         assert_eq!(BackendLive::new(0).ramp(5, ten), 1_000, "not at process start");
+    }
+
+    #[test]
+    fn a_bucket_keeps_its_rate_and_its_burst() {
+        let (live, rate) = (BackendLive::new(0), Rate { per_second: 1_000, burst: 10 });
+        let taken =
+            |from: u64, to: u64| (from..to).filter(|us| live.pace(us * 1_000, 0, rate)).count();
+        // Asked every microsecond: ten at once, then one in each millisecond.
+        assert_eq!(taken(1_000_000, 1_000_100), 10);
+        assert_eq!(taken(1_001_000, 1_101_000), 100);
+        assert!(live.pace(0, 1, rate), "the other bucket is another");
+    }
+
+    #[test]
+    fn favour_ends_by_itself() {
+        let live = BackendLive::new(0);
+        live.favour(400, 2_000);
+        assert_eq!((live.favoured(1_999), live.favoured(2_000)), (400, 1_000));
     }
 
     #[test]

@@ -9,15 +9,21 @@
 //! | `router` | the decision |
 //! | `balance` | the published formulas |
 //! | `table` | sessions without a token |
+//! | `bindings` | subscribers, by each of their names |
+//! | `holders` | how many sessions each backend has, and how often it lost them |
 //! | `flows` | names of clients' flows |
+//! | `peers` | subscribers, rates and favour, as engines use them; the operators' table of peers |
 //! | `events`, `view` | what operators see |
 
 mod balance;
+mod bindings;
 mod core;
 mod events;
 mod flows;
+mod holders;
 mod live;
 mod names;
+mod peers;
 mod router;
 mod snapshot;
 mod spec;
@@ -25,10 +31,12 @@ mod table;
 mod view;
 
 pub use balance::{MAGLEV_FROM, Maglev, is_in_share, rendezvous_score};
+pub use bindings::{BYTES_PER_BINDING, BindingTable, BindingTotals};
 pub use core::{Core, CoreSettings, NotFound};
 pub use events::{CoreEvent, Happening, Plan};
 pub use live::{BackendLive, CAPABILITIES_MAX};
 pub use names::PoolNames;
+pub use peers::PeerView;
 pub use router::CoreRouter;
 pub use snapshot::{Backend, Pool, Snapshot};
 pub use spec::{

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, BackendView, Class, ClassId, FlowId, Keyer, Link, Outcome, Pin, PoolId, Query,
-    Refusal, Route, RouteReason, Router, SessionKey, Ticket, Token, TokenKeys, Verdict, WorkerId,
+    BackendId, BackendView, BindingKey, Class, ClassId, Endpoint, FlowId, Keyer, Link, Outcome,
+    PeerReport, Pin, PoolId, Query, Rate, Refusal, Route, RouteReason, Router, SessionKey, Ticket,
+    Token, TokenKeys, Verdict, WorkerId,
 };
 
 use super::balance::{Dice, is_in_share, rendezvous_score};
@@ -143,6 +144,8 @@ impl CoreRouter {
         };
         let best = candidates.max_by(|one, two| score(one).total_cmp(&score(two)));
         match best {
+            // It restarted and knows the session no more; nobody else ever did.
+            _ if self.core.is_lost(query.session, now) => Verdict::Refuse(Refusal::SessionLost),
             Some(backend) => {
                 let backend = Arc::clone(backend);
                 self.go(&backend, RouteReason::Balanced, query.awaits)
@@ -216,7 +219,9 @@ impl CoreRouter {
             for attempt in 0..ATTEMPTS {
                 let index = group.members[maglev.pick(key, attempt)?];
                 let backend = &pool.backends[index];
-                let ramp = backend.live.ramp(asked.now, pool.spec.slow_start);
+                let ramp = backend.live.ramp(asked.now, pool.spec.slow_start)
+                    * backend.live.favoured(asked.now)
+                    / 1_000;
                 if asked.takes(backend, misses)
                     && fits(backend)
                     && is_in_share(key, backend.pin, ramp)
@@ -368,8 +373,10 @@ impl Asked<'_> {
 }
 
 fn weight_of(pool: &Pool, backend: &Backend, now: u64) -> f64 {
-    f64::from(backend.spec.weight) * f64::from(backend.live.ramp(now, pool.spec.slow_start))
-        / 1_000.0
+    f64::from(backend.spec.weight)
+        * f64::from(backend.live.ramp(now, pool.spec.slow_start))
+        * f64::from(backend.live.favoured(now))
+        / 1_000_000.0
 }
 
 /// (in-flight + 1) x latency / weight.
@@ -496,6 +503,8 @@ impl Router for CoreRouter {
             transport: backend.spec.transport,
             address: backend.spec.address,
             identity: backend.spec.identity.as_deref(),
+            in_flight: backend.live.in_flight(),
+            is_linked: backend.is_linked(),
         })
     }
 
@@ -545,6 +554,58 @@ impl Router for CoreRouter {
 
     fn unname_flow(&mut self, name: SessionKey, flow: FlowId) {
         self.core.flows().remove(name.keyed, flow);
+    }
+
+    fn bind_keys(&self, pool: PoolId) -> &[u8] {
+        self.snapshot.pool(pool).map_or(&[], |pool| &pool.spec.bind_places)
+    }
+
+    fn bound(&mut self, now: Instant, name: BindingKey) -> Option<BackendId> {
+        self.core.bound(now, name)
+    }
+
+    fn bind(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        names: &[BindingKey],
+        backend: BackendId,
+        ttl: Duration,
+        force: bool,
+    ) -> BackendId {
+        self.core.bind(now, &self.snapshot, session, names, backend, ttl, force)
+    }
+
+    fn keep_bound(&mut self, now: Instant, session: SessionKey, ttl: Duration) {
+        self.core.keep_bound(now, session, ttl);
+    }
+
+    fn unbind(&mut self, _now: Instant, session: SessionKey) -> bool {
+        self.core.unbind(session)
+    }
+
+    fn forget_bound(&mut self, _now: Instant, name: BindingKey) {
+        self.core.forget_bound(name);
+    }
+
+    fn restarted(&mut self, _now: Instant, backend: BackendId) {
+        self.core.restarted(&self.snapshot, backend);
+    }
+
+    fn favour(&mut self, now: Instant, backend: BackendId, permille: u32, lasting: Duration) {
+        if let Some(live) = self.core.live(backend) {
+            let lasting = u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX);
+            live.favour(permille, self.core.clock(now).saturating_add(lasting));
+        }
+    }
+
+    fn pace(&mut self, now: Instant, backend: BackendId, bucket: usize, rate: Rate) -> bool {
+        let Some(backend) = self.snapshot.backend(backend) else { return true };
+        backend.live.pace(self.core.clock_ns(now), bucket, rate)
+    }
+
+    fn report_peer(&mut self, listener: &str, peer: Endpoint, report: Option<PeerReport>) {
+        self.core.peers().report(listener, peer, report);
     }
 
     fn is_draining(&self) -> bool {

@@ -76,6 +76,10 @@ pub struct PoolSpec {
     pub panic_percent: u8,
     /// Whether a backend takes messages only when its link is up ([`strowger_contract::Links::Single`]).
     pub needs_link: bool,
+    /// The names that subscribers are bound by, in the order that they are looked up.
+    pub bind_keys: Vec<String>,
+    /// The same as places in [`strowger_contract::Protocol::BIND_KEYS`] of the pool's protocol.
+    pub bind_places: Vec<u8>,
     /// The backends.
     pub backends: Vec<BackendSpec>,
 }

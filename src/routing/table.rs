@@ -8,6 +8,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use super::holders::{Holder, Holders};
 use strowger_contract::{BackendId, ClassId};
 
 /// Locks. Far more than workers, so that two seldom meet.
@@ -31,7 +32,7 @@ pub(super) const CLASSES_COUNTED: usize = 16;
 struct Slot {
     /// 0: empty.
     fingerprint: u64,
-    /// The backend's number, and [`HELD`].
+    /// The backend as it was ([`Holder`]), and [`HELD`].
     backend: u32,
     /// Expiry in the upper 24 bits, class in the lower 8.
     expiry_class: u32,
@@ -51,8 +52,12 @@ impl Slot {
         self.expiry_class as u8
     }
 
+    fn holder(self) -> Holder {
+        Holder::from_bits(self.backend & !HELD)
+    }
+
     fn backend(self) -> BackendId {
-        BackendId(self.backend & !HELD)
+        self.holder().backend()
     }
 
     fn is_held(self) -> bool {
@@ -86,6 +91,7 @@ pub struct SessionTable {
     shards: Vec<Mutex<Shard>>,
     buckets_per_shard: usize,
     counts: SessionCounts,
+    holders: Holders,
     held: SessionCounts,
     swept: AtomicU64,
     classes: [AtomicU64; CLASSES_COUNTED],
@@ -113,6 +119,7 @@ impl SessionTable {
                 .collect(),
             buckets_per_shard: per_shard / BUCKET,
             counts: SessionCounts::default(),
+            holders: Holders::default(),
             held: SessionCounts::default(),
             swept: AtomicU64::new(0),
             classes: Default::default(),
@@ -132,7 +139,22 @@ impl SessionTable {
             .places(fingerprint)
             .map(|at| shard.slots[at])
             .find(|slot| slot.fingerprint == fingerprint)?;
-        (!slot.is_expired(now)).then_some((slot.backend(), ClassId(slot.class())))
+        let live = !slot.is_expired(now) && self.holders.is_current(slot.holder());
+        live.then_some((slot.backend(), ClassId(slot.class())))
+    }
+
+    /// Whether a session lived on a backend that lost its sessions since.
+    pub fn is_lost(&self, key: u64, now: u32) -> bool {
+        let fingerprint = key.max(1);
+        let shard = self.shard(fingerprint);
+        let mut places = self.places(fingerprint).map(|at| shard.slots[at]);
+        let slot = places.find(|slot| slot.fingerprint == fingerprint);
+        slot.is_some_and(|slot| !slot.is_expired(now) && !self.holders.is_current(slot.holder()))
+    }
+
+    /// Which backends there are, and how often each has lost its sessions.
+    pub(super) fn holders(&self) -> &Holders {
+        &self.holders
     }
 
     /// Notes that a session lives on `backend` for `ttl` seconds from `now`.
@@ -144,7 +166,7 @@ impl SessionTable {
         now: u32,
         ttl: u32,
     ) -> Learned {
-        self.enter_for(key, backend.0 & !HELD, class, now, ttl)
+        self.enter_for(key, self.holders.current(backend).to_bits(), class, now, ttl)
     }
 
     /// As [`SessionTable::insert`], for a session that takes a slot of the backend.
@@ -156,7 +178,7 @@ impl SessionTable {
         now: u32,
         ttl: u32,
     ) -> Learned {
-        self.enter_for(key, backend.0 | HELD, class, now, ttl)
+        self.enter_for(key, self.holders.current(backend).to_bits() | HELD, class, now, ttl)
     }
 
     fn enter_for(&self, key: u64, backend: u32, class: ClassId, now: u32, ttl: u32) -> Learned {
@@ -248,7 +270,9 @@ impl SessionTable {
             let start = turn % chunks_per_shard * SWEEP_SLOTS;
             let mut shard = self.lock(shard);
             for slot in shard.slots[start..(start + SWEEP_SLOTS).min(per_shard)].iter_mut() {
-                if slot.fingerprint != 0 && slot.is_expired(now) {
+                if slot.fingerprint != 0
+                    && (slot.is_expired(now) || !self.holders.is_current(slot.holder()))
+                {
                     self.expired.fetch_add(1, Relaxed);
                     self.leave(std::mem::take(slot));
                 }
@@ -466,6 +490,22 @@ mod tests {
         assert!(after.evicted > 0 && after.live <= table.capacity() as u64);
         let kept = (0..calls).filter(|&key| table.get(spread(key), 11).is_some()).count() as u64;
         assert_eq!(kept, before.classes[usize::from(ClassId::SETUP.0)]);
+    }
+
+    #[test]
+    fn a_restart_loses_a_backends_sessions_and_no_others() {
+        let table = SessionTable::new(1 << 10);
+        let (one, two) = (BackendId(1), BackendId(2));
+        table.insert(77, one, ClassId::SETUP, 10, 100);
+        table.insert(78, two, ClassId::SETUP, 10, 100);
+        table.holders().restart(one);
+        assert_eq!((table.get(77, 11), table.is_lost(77, 11)), (None, true));
+        assert!(table.get(78, 11).is_some() && !table.is_lost(78, 11));
+        table.sweep(11, usize::MAX);
+        assert_eq!((table.sessions_of(one), table.sessions_of(two)), (0, 1));
+        table.insert(77, one, ClassId::SETUP, 11, 100);
+        assert!(table.get(77, 12).is_some() && !table.is_lost(77, 12));
+        assert_eq!(table.sessions_of(one), 1);
     }
 
     #[test]

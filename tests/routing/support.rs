@@ -47,6 +47,8 @@ pub(crate) fn plain(backends: Vec<BackendSpec>) -> PoolSpec {
         debounce: Duration::ZERO,
         panic_percent: 0,
         needs_link: false,
+        bind_keys: Vec::new(),
+        bind_places: Vec::new(),
         backends,
     }
 }
@@ -93,6 +95,7 @@ impl World {
                 keyer: Keyer::new([2; 16]),
                 seed: 7,
                 sessions_max: 1 << 14,
+                bindings_max: 1 << 12,
                 workers: 1,
             },
             start,

@@ -130,6 +130,7 @@ impl World {
                 keyer: Keyer::new([4; 16]),
                 seed,
                 sessions_max: 1 << 12,
+                bindings_max: 1 << 12,
                 workers: 2,
             },
             start,
@@ -157,6 +158,8 @@ impl World {
             debounce: Duration::from_secs(2),
             panic_percent: [0, 50][dice.below(2) as usize],
             needs_link,
+            bind_keys: Vec::new(),
+            bind_places: Vec::new(),
             backends: Vec::new(),
         };
         let pool = core.pool_names().id(POOL);

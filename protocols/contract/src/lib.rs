@@ -12,6 +12,7 @@
 //! | [`framing`] | cutting a byte stream into messages |
 //! | [`call`] | what becomes of calls: records and outcomes |
 //! | [`class`] | QoS classes: tier, deadline, shares |
+//! | [`binding`] | subscriber bindings, rates, reports of peers |
 //! | [`session`] | session keys: one stable hash to place by, one keyed hash to look up by |
 //! | [`token`] | the signed text that carries an instance through a protocol field |
 //! | [`query`] | what the core is asked and what it answers |
@@ -24,6 +25,7 @@
 //! | [`wheel`] | timers without a clock |
 #![forbid(unsafe_code)]
 
+pub mod binding;
 pub mod call;
 pub mod class;
 pub mod duration;
@@ -40,6 +42,7 @@ pub mod token;
 pub mod trace;
 pub mod wheel;
 
+pub use binding::{BINDING_KEYS_MAX, BindingKey, PeerReport, Rate};
 pub use call::{AttemptOutcome, CallEnd, CallPhase, CallRecord, CallSide};
 pub use class::{Class, OnMiss};
 pub use engine::Engine;

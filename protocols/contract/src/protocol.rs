@@ -122,6 +122,9 @@ pub trait Protocol: Send + Sync + 'static {
     /// What a pool's `session.key` may be for it; the first is the default.
     const SESSION_KEYS: &'static [&'static str];
 
+    /// What a pool's `bind_keys` may name; empty if the protocol knows no subscribers.
+    const BIND_KEYS: &'static [&'static str] = &[];
+
     /// The listener's `options`.
     type Options: DeserializeOwned
         + Serialize

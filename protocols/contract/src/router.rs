@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use crate::{
-    BackendId, Class, ClassId, CloseCause, FlowId, Keyer, Outcome, Pin, PoolId, Query, SessionKey,
-    Ticket, Token, Transport, Verdict,
+    BackendId, BindingKey, Class, ClassId, CloseCause, Endpoint, FlowId, Keyer, Outcome,
+    PeerReport, Pin, PoolId, Query, Rate, SessionKey, Ticket, Token, Transport, Verdict,
 };
 
 /// What a stream link to a backend tells.
@@ -39,6 +39,10 @@ pub struct BackendView<'a> {
     pub address: SocketAddr,
     /// What it must call itself, when the configuration says so (`origin_host`).
     pub identity: Option<&'a str>,
+    /// Requests under way at it, over all workers.
+    pub in_flight: u32,
+    /// Whether its link takes requests now.
+    pub is_linked: bool,
 }
 
 /// The core. One per worker; what is shared lies behind it, without a lock per message.
@@ -127,6 +131,50 @@ pub trait Router {
 
     /// Takes the name back, if the flow still has it.
     fn unname_flow(&mut self, name: SessionKey, flow: FlowId);
+
+    /// The pool's `bind_keys` in the configured order, as places in [`crate::Protocol::BIND_KEYS`].
+    fn bind_keys(&self, pool: PoolId) -> &[u8];
+
+    /// The backend that has the subscriber of this name, if one has.
+    fn bound(&mut self, now: Instant, name: BindingKey) -> Option<BackendId>;
+
+    /// Notes that `session` lives on `backend` and is its subscriber's, by all of `names` (at most
+    /// [`crate::BINDING_KEYS_MAX`]). The backend that has the subscriber: another one when a session
+    /// of the same subscriber was faster, which then nothing was noted of this one. With `force` the
+    /// names move to `backend` whatever they said before.
+    fn bind(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        names: &[BindingKey],
+        backend: BackendId,
+        ttl: Duration,
+        force: bool,
+    ) -> BackendId;
+
+    /// The session goes on: its names are kept for another `ttl`.
+    fn keep_bound(&mut self, now: Instant, session: SessionKey, ttl: Duration);
+
+    /// The session ended; names that no other session holds are forgotten. Whether it had any.
+    fn unbind(&mut self, now: Instant, session: SessionKey) -> bool;
+
+    /// Forgets one name: whoever it led to does not know the subscriber.
+    fn forget_bound(&mut self, now: Instant, name: BindingKey);
+
+    /// The backend lost all its sessions (it restarted under the same address and identity): from
+    /// now on they are [`crate::Refusal::SessionLost`].
+    fn restarted(&mut self, now: Instant, backend: BackendId);
+
+    /// Scales the backend's share of new sessions to `permille` thousandths for so long: it told of
+    /// load or overload.
+    fn favour(&mut self, now: Instant, backend: BackendId, permille: u32, lasting: Duration);
+
+    /// Takes a place in the backend's bucket number `bucket` (0 or 1), which all workers share;
+    /// whether there was one.
+    fn pace(&mut self, now: Instant, backend: BackendId, bucket: usize, rate: Rate) -> bool;
+
+    /// Tells operators of a peer; `None`: it is gone.
+    fn report_peer(&mut self, listener: &str, peer: Endpoint, report: Option<PeerReport>);
 
     /// Whether the node is leaving: no new sessions.
     fn is_draining(&self) -> bool;

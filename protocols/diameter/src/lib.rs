@@ -41,6 +41,8 @@ impl Protocol for Diameter {
     const LINKS: Links = Links::Single;
     /// The link's own watchdog is the health check.
     const PROBES: &'static [&'static str] = &[];
+    const BIND_KEYS: &'static [&'static str] =
+        &["imsi", "imsi-apn", "msisdn", "framed-ip", "framed-ipv6-prefix"];
     const SESSION_KEYS: &'static [&'static str] = &["session-id"];
 
     type Options = DiameterOptions;

@@ -56,6 +56,7 @@ pub(super) fn router(
         .route("/api/v1/pools/{pool}/instances/{id}/undrain", post(undrain))
         .route("/api/v1/sessions", get(sessions))
         .route("/api/v1/listeners", get(listeners))
+        .route("/api/v1/peers", get(peers))
         .route("/api/v1/events", get(events))
         .fallback(|| async {
             problem(StatusCode::NOT_FOUND, "There is nothing at this path", json!({}))
@@ -126,6 +127,12 @@ async fn ready(State(shared): App, Query(query): Query<Verbose>) -> Response {
         return (status, Json(json!({ "ready": ok, "checks": checks }))).into_response();
     }
     (status, if ok { "ready\n" } else { "not ready\n" }).into_response()
+}
+
+async fn peers(State(shared): App) -> Json<Value> {
+    Json(
+        json!({ "peers": shared.backend.core().peers_view(), "bindings": shared.backend.core().bindings_view() }),
+    )
 }
 
 async fn metrics(State(shared): App) -> Response {

@@ -23,6 +23,8 @@ pub trait Configure: Send + Sync {
     fn probes(&self) -> &'static [&'static str];
     /// Its session keys, the default first.
     fn session_keys(&self) -> &'static [&'static str];
+    /// The names that it knows subscribers by.
+    fn bind_keys(&self) -> &'static [&'static str];
     /// Makes a listener's setup.
     ///
     /// # Errors
@@ -75,6 +77,10 @@ impl<P: Protocol> Configure for Configurer<P> {
 
     fn session_keys(&self) -> &'static [&'static str] {
         P::SESSION_KEYS
+    }
+
+    fn bind_keys(&self) -> &'static [&'static str] {
+        P::BIND_KEYS
     }
 
     fn configure(

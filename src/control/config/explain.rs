@@ -60,6 +60,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
                 ("realm", optional(Some(&loaded.spec.node.realm))),
                 ("token_key_file", optional(node.token_key_file.as_ref())),
                 ("sessions_max", number(node.sessions_max)),
+                ("bindings_max", number(node.bindings_max)),
             ]),
         ),
         (
@@ -142,6 +143,7 @@ fn pool(spec: &PoolSpec) -> Shown {
         ("drain", map([("deadline", time(spec.drain_deadline))])),
         ("debounce", time(spec.debounce)),
         ("panic_percent", number(spec.panic_percent)),
+        ("bind_keys", Shown::List(spec.bind_keys.iter().map(|key| text(key)).collect())),
         ("backends", Shown::List(spec.backends.iter().map(backend).collect())),
     ])
 }

@@ -245,11 +245,29 @@ impl<'a> Listeners<'a> {
             let what = format!("{} session key", protocol.name());
             wrong("session.key", unknown(&what, &pool.spec.session_key, keys.iter().copied()));
         }
+        let known = protocol.bind_keys();
+        let mut places = Vec::new();
+        for (index, key) in pool.spec.bind_keys.iter().enumerate() {
+            match known.iter().position(|known| known == key) {
+                Some(place) => places.push(place as u8),
+                None if known.is_empty() => {
+                    let message = format!("{} knows no subscribers to bind", protocol.name());
+                    wrong("bind_keys", message);
+                    break;
+                }
+                None => {
+                    let what = format!("{} binding key", protocol.name());
+                    let message = unknown(&what, key, known.iter().copied());
+                    wrong(&format!("bind_keys[{index}]"), message);
+                }
+            }
+        }
         for (index, backend) in pool.spec.backends.iter().enumerate() {
             if let Err(message) = runs_over(protocol, backend.transport) {
                 wrong(&format!("backends[{index}].address"), message);
             }
         }
+        pool.spec.bind_places = places;
     }
 
     /// What can only be said of the pools when all listeners are read.

@@ -23,11 +23,19 @@ pub struct NodeSettings {
     pub token_key_file: Option<String>,
     /// Room in the session table.
     pub sessions_max: usize,
+    /// Room in the table of subscriber bindings, in sessions.
+    pub bindings_max: usize,
 }
 
 impl Default for NodeSettings {
     fn default() -> Self {
-        Self { workers: None, token_keys: Vec::new(), token_key_file: None, sessions_max: 1 << 20 }
+        Self {
+            workers: None,
+            token_keys: Vec::new(),
+            token_key_file: None,
+            sessions_max: 1 << 20,
+            bindings_max: 1 << 18,
+        }
     }
 }
 
@@ -56,7 +64,8 @@ pub(super) fn node(
     spec: &mut NodeSpec,
     settings: &mut NodeSettings,
 ) {
-    const KEYS: [&str; 5] = ["name", "workers", "realm", "token_key_file", "sessions_max"];
+    const KEYS: [&str; 6] =
+        ["name", "workers", "realm", "token_key_file", "sessions_max", "bindings_max"];
     let Some(fields) = reader.fields(node, "node", &KEYS) else { return };
     if let Some(name) = fields.text(reader, "name") {
         spec.name = name;
@@ -69,6 +78,9 @@ pub(super) fn node(
     }
     if let Some(count) = fields.number(reader, "sessions_max", 1_024, 1 << 30) {
         settings.sessions_max = count as usize;
+    }
+    if let Some(count) = fields.number(reader, "bindings_max", 1_024, 1 << 28) {
+        settings.bindings_max = count as usize;
     }
     if let Some(file) = fields.text(reader, "token_key_file") {
         match token_keys(&file) {

@@ -68,7 +68,6 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         "bind_keys",
     ];
     let fields = reader.fields(&entry.value, path, &KEYS)?;
-    fields.unsupported(reader, "bind_keys", "following subscribers across interfaces is");
     fields.unsupported(reader, "qos", "queueing is");
     let mut pool = default_pool(&entry.key);
     pool.balance = fields.choice(reader, "balance", &BALANCES).unwrap_or_default();
@@ -85,6 +84,9 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         if let Some(drain) = reader.fields(node, &path, &["deadline"]) {
             set(&mut pool.drain_deadline, drain.duration(reader, "deadline"));
         }
+    }
+    if let Some(node) = fields.get("bind_keys") {
+        pool.bind_keys = bind_keys(reader, node, &fields.path_of("bind_keys"));
     }
     if let Some(node) = fields.get("backends") {
         pool.backends = backends(reader, node, &fields.path_of("backends"));
@@ -114,6 +116,8 @@ fn default_pool(name: &str) -> PoolSpec {
         debounce: Duration::from_secs(1),
         panic_percent: 10,
         needs_link: false,
+        bind_keys: Vec::new(),
+        bind_places: Vec::new(),
         backends: Vec::new(),
     }
 }
@@ -185,6 +189,20 @@ fn outlier(reader: &mut Reader, fields: &Fields<'_>, health: &mut HealthSpec) {
     set(&mut health.outlier_faults, faults.map(|count| count as u32));
     set(&mut health.outlier_ejection, outlier.duration(reader, "ejection"));
     set(&mut health.outlier_max_percent, percent.map(|count| count as u8));
+}
+
+/// Whether the names are known is the pool's protocol's word; see `listeners`.
+fn bind_keys(reader: &mut Reader, node: &Node, path: &str) -> Vec<String> {
+    let mut keys: Vec<String> = Vec::new();
+    for (index, item) in reader.list(node, path).iter().enumerate() {
+        let path = format!("{path}[{index}]");
+        let Some(key) = reader.text(item, &path) else { continue };
+        if keys.contains(&key) {
+            reader.wrong(item, &path, format!("`{key}` stands here a second time"));
+        }
+        keys.push(key);
+    }
+    keys
 }
 
 fn backends(reader: &mut Reader, node: &Node, path: &str) -> Vec<BackendSpec> {

@@ -24,6 +24,9 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
             "state": { "enum": ["ready", "starting", "canary", "suspended", "draining"] }
         }
     });
+    let mut bind_keys: Vec<&str> =
+        protocols.iter().flat_map(|protocol| protocol.bind_keys()).copied().collect();
+    bind_keys.dedup();
     let pool = map(json!({
         "balance": { "enum": ["hash", "least-loaded", "weighted-random", "round-robin", "priority"] },
         "bounded_load": number(101, 1_000),
@@ -32,6 +35,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "outlier": map(json!({ "faults": number(0, 1_000_000), "ejection": duration, "max_percent": number(0, 100) })),
         "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
         "drain": map(json!({ "deadline": duration })),
+        "bind_keys": { "type": "array", "items": { "enum": bind_keys } },
         "backends": { "type": "array", "items": backend }
     }));
     let class = map(json!({
@@ -45,7 +49,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "additionalProperties": false,
         "properties": {
             "version": { "const": 1 },
-            "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30) })),
+            "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30), "bindings_max": number(1_024, 1 << 28) })),
             "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] } })),
             "registry": map(json!({ "state_file": { "type": "null" }, "lease": { "type": "null" } })),
             "watch": { "type": "array", "items": { "type": "string" } },

@@ -1,0 +1,179 @@
+//! What engines of peer protocols (Diameter) use of the core besides routing: subscribers' bindings,
+//! lost sessions, and the table of peers that operators look at.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use strowger_contract::{BackendId, BindingKey, Endpoint, PeerReport, SessionKey};
+
+use super::core::{Core, seconds};
+use super::events::Happening;
+use super::holders::Holder;
+use super::snapshot::Snapshot;
+
+/// Peers in the operators' table, at most. Further ones work and are not shown.
+const PEERS_MAX: usize = 65_536;
+
+/// The operators' table of peers. Touched when a peer's state changes, never by a message.
+#[derive(Debug, Default)]
+pub(super) struct Peers {
+    table: Mutex<BTreeMap<(String, Endpoint), PeerReport>>,
+}
+
+impl Peers {
+    pub(super) fn report(&self, listener: &str, peer: Endpoint, report: Option<PeerReport>) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (listener.to_owned(), peer);
+        match report {
+            None => {
+                table.remove(&key);
+            }
+            Some(report) if table.len() < PEERS_MAX || table.contains_key(&key) => {
+                table.insert(key, report);
+            }
+            Some(_) => {}
+        }
+    }
+}
+
+/// A peer as the API shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct PeerView {
+    /// The listener that it talks to.
+    pub listener: String,
+    /// `client` or `backend`.
+    pub role: &'static str,
+    /// A backend's pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pool: Option<String>,
+    /// A backend's instance id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
+    /// What it calls itself.
+    pub identity: String,
+    /// Its realm.
+    pub realm: String,
+    /// Its address.
+    pub address: String,
+    /// A word for its state.
+    pub state: &'static str,
+    /// What it can do.
+    pub applications: Vec<u32>,
+    /// Its Origin-State-Id, if it told one.
+    pub origin_state_id: Option<u32>,
+    /// A backend's requests under way.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_flight: Option<u32>,
+}
+
+impl Core {
+    /// All peers that engines told of.
+    #[must_use]
+    pub fn peers_view(&self) -> Vec<PeerView> {
+        let snapshot = self.snapshot();
+        let table = self.peers().table.lock().unwrap_or_else(PoisonError::into_inner);
+        let view = |((listener, endpoint), report): (&(String, Endpoint), &PeerReport)| {
+            let backend = match endpoint {
+                Endpoint::Backend(backend) => snapshot.backend(*backend),
+                _ => None,
+            };
+            PeerView {
+                listener: listener.clone(),
+                role: if matches!(endpoint, Endpoint::Backend(_)) { "backend" } else { "client" },
+                pool: backend.map(|backend| backend.pool_name.to_string()),
+                instance: backend.map(|backend| backend.spec.id.clone()),
+                identity: report.identity.clone(),
+                realm: report.realm.clone(),
+                address: report.address.clone(),
+                state: report.state,
+                applications: report.capabilities.clone(),
+                origin_state_id: report.state_id,
+                in_flight: backend.map(|backend| backend.live.in_flight()),
+            }
+        };
+        table.iter().map(view).collect()
+    }
+
+    /// Nanoseconds of the core's clock.
+    pub(super) fn clock_ns(&self, now: Instant) -> u64 {
+        u64::try_from(self.since_start(now).as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn is_lost(&self, session: SessionKey, now: u64) -> bool {
+        self.table().is_lost(session.keyed, seconds(now))
+    }
+
+    pub(super) fn sweep_bindings(&self, now: u32, chunks: usize) {
+        let Some(bindings) = self.bindings() else { return };
+        let holders = self.table().holders();
+        bindings.sweep(now, chunks, |holder| holders.is_current(Holder::from_bits(holder)));
+    }
+
+    pub(super) fn bound(&self, now: Instant, name: BindingKey) -> Option<BackendId> {
+        let bound = self.bindings()?.get(name, seconds(self.clock(now)))?;
+        let holder = Holder::from_bits(bound);
+        self.table().holders().is_current(holder).then_some(holder.backend())
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the router's question and its snapshot")]
+    pub(super) fn bind(
+        &self,
+        now: Instant,
+        snapshot: &Snapshot,
+        session: SessionKey,
+        names: &[BindingKey],
+        backend: BackendId,
+        ttl: Duration,
+        force: bool,
+    ) -> BackendId {
+        let Some(bindings) = self.bindings() else { return backend };
+        let holders = self.table().holders();
+        let now = seconds(self.clock(now));
+        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX).max(1);
+        // One that cannot be reached or lost its sessions holds nobody.
+        let is_good = |bound: u32| {
+            let holder = Holder::from_bits(bound);
+            let backend = snapshot.backend(holder.backend());
+            holders.is_current(holder)
+                && backend.is_some_and(|backend| backend.keeps_sessions() && backend.is_linked())
+        };
+        let holder = holders.current(backend).to_bits();
+        let times = (now, now.saturating_add(ttl));
+        let bound = bindings.bind(session.keyed, names, holder, times, force, is_good);
+        Holder::from_bits(bound).backend()
+    }
+
+    pub(super) fn keep_bound(&self, now: Instant, session: SessionKey, ttl: Duration) {
+        if let Some(bindings) = self.bindings() {
+            let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX).max(1);
+            bindings.keep(session.keyed, seconds(self.clock(now)).saturating_add(ttl));
+        }
+    }
+
+    pub(super) fn unbind(&self, session: SessionKey) -> bool {
+        self.bindings().is_some_and(|bindings| bindings.unbind(session.keyed))
+    }
+
+    pub(super) fn forget_bound(&self, name: BindingKey) {
+        if let Some(bindings) = self.bindings() {
+            bindings.forget(name);
+        }
+    }
+
+    /// The backend lost its sessions, in the table and in the bindings.
+    pub(super) fn restarted(&self, snapshot: &Snapshot, backend: BackendId) {
+        let sessions = self.table().sessions_of(backend);
+        self.table().holders().restart(backend);
+        if let Some(backend) = snapshot.backend(backend) {
+            self.tell_of(backend, Happening::BackendRestarted { sessions });
+        }
+    }
+
+    /// The totals of the bindings; `None` as long as no pool has `bind_keys`.
+    #[must_use]
+    pub fn bindings_view(&self) -> Option<super::BindingTotals> {
+        self.bindings().map(super::BindingTable::totals)
+    }
+}

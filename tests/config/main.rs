@@ -4,6 +4,7 @@
 //! to each. After a wanted change: `INSTA_UPDATE=always cargo test --test config`.
 
 mod bad;
+mod schema;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

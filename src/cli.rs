@@ -130,6 +130,101 @@ pub fn undrain(admin: &Admin, instance: &str) -> Result<()> {
     Ok(())
 }
 
+/// Prints live calls.
+///
+/// # Errors
+/// The edge does not answer.
+pub fn calls(admin: &Admin, pool: Option<&str>, instance: Option<&str>) -> Result<()> {
+    let mut path = "/api/v1/calls?limit=1000".to_owned();
+    for (name, value) in [("pool", pool), ("instance", instance)] {
+        if let Some(value) = value {
+            path.push_str(&format!("&{name}={}", percent(value)));
+        }
+    }
+    let answer = call(admin, "GET", &path, None)?;
+    if admin.output == Output::Json {
+        return print_json(&answer);
+    }
+    const FIELDS: [&str; 7] = ["start", "phase", "caller", "callee", "pool", "instance", "call_id"];
+    let mut rows = vec![FIELDS.map(String::from).to_vec()];
+    for call in answer["calls"].as_array().into_iter().flatten() {
+        rows.push(FIELDS.map(|field| text(&call[field])).to_vec());
+    }
+    print_table(&rows);
+    Ok(())
+}
+
+/// What to trace.
+#[derive(clap::Args, Clone, Debug)]
+pub struct TraceOptions {
+    /// KIND:VALUE, such as call-id:a84b4c76e66710 or from-user:alice; a bare value is a Call-ID.
+    pub key: String,
+    /// In which protocol.
+    #[arg(long, default_value = "sip", value_name = "NAME")]
+    pub protocol: String,
+    /// How long.
+    #[arg(long = "for", default_value = "60s", value_name = "TIME", value_parser = strowger_contract::duration::parse)]
+    pub duration: Duration,
+    /// Write a pcap there at the end.
+    #[arg(short, long, value_name = "FILE")]
+    pub write: Option<std::path::PathBuf>,
+}
+
+/// Traces: prints each message as it comes, and writes a pcap at the end.
+///
+/// # Errors
+/// The edge does not answer or says no, or the file cannot be written.
+pub fn trace(admin: &Admin, wanted: &TraceOptions) -> Result<()> {
+    const EVERY: Duration = Duration::from_millis(500);
+    let body = json!({ "protocol": wanted.protocol, "key": wanted.key, "for_s": wanted.duration.as_secs().max(1) });
+    let path =
+        format!("/api/v1/traces/{}", call(admin, "POST", "/api/v1/traces", Some(&body))?["id"]);
+    let mut seen = 0;
+    loop {
+        let trace = call(admin, "GET", &format!("{path}?after={seen}"), None)?;
+        let list = trace["ladder"].as_array().map(Vec::as_slice).unwrap_or_default();
+        for message in list {
+            print_message(admin.output, message);
+        }
+        seen += list.len();
+        if trace["running"] != true && list.is_empty() {
+            let missed = trace["missed"].as_u64().unwrap_or(0);
+            if missed > 0 {
+                eprintln!("{missed} more messages did not fit into the trace");
+            }
+            break;
+        }
+        std::thread::sleep(EVERY);
+    }
+    if let Some(file) = &wanted.write {
+        let bytes = fetch(admin, "GET", &format!("{path}.pcap"), None)?;
+        std::fs::write(file, bytes)
+            .with_context(|| format!("{} cannot be written", file.display()))?;
+        eprintln!("{seen} messages in {}", file.display());
+    }
+    Ok(())
+}
+
+fn print_message(output: Output, message: &Value) {
+    if output == Output::Json {
+        return println!("{message}");
+    }
+    let micros = message["time_us"].as_u64().unwrap_or(0);
+    let of_day = micros / 1_000_000 % 86_400;
+    println!(
+        "{:02}:{:02}:{:02}.{:06}  {:>3}  {} {} -> {}  {}",
+        of_day / 3_600,
+        of_day / 60 % 60,
+        of_day % 60,
+        micros % 1_000_000,
+        text(&message["direction"]),
+        text(&message["transport"]),
+        text(&message["from"]),
+        text(&message["to"]),
+        text(&message["what"]),
+    );
+}
+
 fn instance_path(instance: &str, what: &str) -> Result<String> {
     let Some((pool, id)) = instance.split_once('/') else {
         bail!("write POOL/INSTANCE, such as ims/ims-a")
@@ -151,6 +246,12 @@ fn percent(text: &str) -> String {
 
 /// One HTTP request, as plain as can be.
 fn call(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Result<Value> {
+    let bytes = fetch(admin, method, path, body)?;
+    Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null))
+}
+
+/// The same, for answers that are no JSON.
+fn fetch(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Result<Vec<u8>> {
     const TIMEOUT: Duration = Duration::from_secs(10);
     let whom = format!("the edge at {}", admin.admin);
     let mut stream = TcpStream::connect_timeout(&admin.admin, TIMEOUT).with_context(|| {
@@ -172,16 +273,19 @@ fn call(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Result
         admin.admin,
         body.len()
     )?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).with_context(|| format!("{whom} broke off"))?;
-    let (head, body) =
-        answer.split_once("\r\n\r\n").with_context(|| format!("{whom} does not speak HTTP"))?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).with_context(|| format!("{whom} broke off"))?;
+    let head = memchr::memmem::find(&answer, b"\r\n\r\n");
+    let head = head.with_context(|| format!("{whom} does not speak HTTP"))?;
+    let body = answer.split_off(head + 4);
+    let head = String::from_utf8_lossy(&answer);
     let code = head.split(' ').nth(1).unwrap_or_default();
-    let value: Value = serde_json::from_str(body).unwrap_or(Value::Null);
     if !code.starts_with('2') {
-        bail!("{whom} says {code}: {}", text(&value["title"]));
+        let value: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
+        let detail = value["detail"].as_str().map(|detail| format!(": {detail}"));
+        bail!("{whom} says {code}: {}{}", text(&value["title"]), detail.unwrap_or_default());
     }
-    Ok(value)
+    Ok(body)
 }
 
 fn text(value: &Value) -> String {

@@ -11,15 +11,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
+use strowger_contract::trace::split_key;
 use strowger_contract::{Keyer, Level, TokenKeys};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::control::admin::{self, AdminBackend, Check, PutError};
+use crate::control::admin::{self, AdminBackend, Check, PutError, Traced};
 use crate::control::config::{self, ConfigErrors, Loaded, Source};
 use crate::control::{probes, watch};
-use crate::observe::{Event, Events, Metrics};
+use crate::observe::{Event, Events, Metrics, Sinks};
 use crate::protocols::Protocols;
 use crate::routing::{Core, CoreEvent, CoreSettings};
 use crate::runtime::{BindFailure, Fleet};
@@ -74,10 +75,14 @@ struct Inner {
     core: Arc<Core>,
     metrics: Arc<Metrics>,
     events: Arc<Events>,
+    sinks: Sinks,
     protocols: Protocols,
     fleet: Mutex<Fleet>,
     active: Mutex<Active>,
     source: ConfigSource,
+    /// What the files said when they were last looked at. A configuration that was put over the API
+    /// stays until they say something else.
+    seen: Mutex<Vec<Source>>,
     ready: AtomicBool,
     failed: Mutex<Vec<String>>,
     epoch: AtomicU64,
@@ -101,6 +106,9 @@ impl Edge {
         let metrics = Metrics::new();
         let events = Events::new(Arc::clone(&metrics));
         let launchers = protocols.take_launchers();
+        let traced =
+            protocols.configurers().iter().map(|protocol| protocol.trace_protocol()).collect();
+        let sinks = Sinks::start(&metrics, traced);
         let now = Instant::now();
         // Pool numbers must be the core's own, and the core needs settings from the configuration:
         // it is read once for those, and once for good.
@@ -119,6 +127,7 @@ impl Edge {
             Arc::clone(&core),
             Arc::clone(&metrics),
             Arc::clone(&events),
+            sinks.clone(),
             seed,
             since_1970.as_secs() as u32,
         )?;
@@ -126,10 +135,12 @@ impl Edge {
             core: Arc::clone(&core),
             metrics: Arc::clone(&metrics),
             events,
+            sinks,
             protocols,
             fleet: Mutex::new(fleet),
             active: Mutex::new(Active { sources: Vec::new(), loaded: Loaded::default() }),
             source,
+            seen: Mutex::default(),
             ready: AtomicBool::new(false),
             failed: Mutex::default(),
             epoch: AtomicU64::new(0),
@@ -141,6 +152,7 @@ impl Edge {
         let loaded = load(&inner.source, None, &inner.protocols, core.pool_names())?;
         let admin = loaded.admin.clone();
         let wanted = loaded.spec.listeners.len();
+        inner.seen().clone_from(&loaded.sources);
         let failures = inner.apply(loaded);
         if wanted > 0 && failures.len() == wanted {
             inner.fleet().end();
@@ -364,6 +376,10 @@ impl Inner {
         self.fleet.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn seen(&self) -> MutexGuard<'_, Vec<Source>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn active(&self) -> MutexGuard<'_, Active> {
         self.active.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -374,17 +390,19 @@ impl Inner {
         let mut paths = paths.clone();
         paths.extend(existing(&self.active().loaded.watch));
         match config::read_sources(&paths) {
-            Ok(sources) => sources != self.active().sources,
+            Ok(sources) => sources != *self.seen(),
             Err(_) => true,
         }
     }
 
     fn reload(&self, why: &str) -> bool {
+        // What rotates logs moves the file away and says so by SIGHUP.
+        self.sinks.calls.reopen();
         if let ConfigSource::Paths(paths) = &self.source {
             let mut paths = paths.clone();
             paths.extend(existing(&self.active().loaded.watch));
             if let Ok(sources) = config::read_sources(&paths) {
-                self.active().sources = sources;
+                *self.seen() = sources;
             }
         }
         match load(&self.source, None, &self.protocols, self.core.pool_names()) {
@@ -425,6 +443,8 @@ impl Inner {
             self.events.emit(Event::pool(Level::Warn, "pin_collision", pool, instance, detail));
         }
         self.epoch.store(plan.epoch, Ordering::Relaxed);
+        self.sinks.traces.set_export(loaded.hep.clone());
+        self.sinks.calls.set(loaded.cdr.clone());
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.metrics.reloaded(Some(plan.epoch), at);
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&failures);
@@ -496,6 +516,23 @@ impl AdminBackend for Inner {
 
     fn events(&self) -> &Arc<Events> {
         &self.events
+    }
+
+    fn sinks(&self) -> &Sinks {
+        &self.sinks
+    }
+
+    fn tracer(&self, protocol: &str, key: &str) -> Result<Traced, String> {
+        let configurers = self.protocols.configurers();
+        let found = configurers.iter().find(|known| known.name() == protocol);
+        let traceable = || {
+            let able = configurers.iter().filter(|known| !known.trace_keys().is_empty());
+            let names: Vec<&str> = able.map(|known| known.name()).collect();
+            format!("`{protocol}` cannot be traced; write {}", names.join(" or "))
+        };
+        let found = found.ok_or_else(traceable)?;
+        let (kind, value) = split_key(key, found.trace_keys()).ok_or_else(traceable)?;
+        Ok((found.name(), found.tracer(kind, value)?))
     }
 
     fn node(&self) -> Value {

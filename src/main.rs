@@ -74,6 +74,24 @@ enum Command {
         #[arg(long)]
         key: Option<String>,
     },
+    /// Show live calls (of listeners that note them: `cdr: true`).
+    Calls {
+        #[command(flatten)]
+        admin: cli::Admin,
+        /// Only those of this pool.
+        #[arg(long)]
+        pool: Option<String>,
+        /// Only those of this instance.
+        #[arg(long)]
+        instance: Option<String>,
+    },
+    /// Follow a call or a subscriber: each message as it passes, and a pcap at the end.
+    Trace {
+        #[command(flatten)]
+        admin: cli::Admin,
+        #[command(flatten)]
+        trace: cli::TraceOptions,
+    },
     /// Let an instance's sessions end and give it no new ones.
     Drain {
         #[command(flatten)]
@@ -148,6 +166,10 @@ impl Command {
             Self::Schema { of: _ } => println!("{}", schema()?),
             Self::Status { admin } => cli::status(&admin)?,
             Self::Sessions { admin, key } => cli::sessions(&admin, key.as_deref())?,
+            Self::Calls { admin, pool, instance } => {
+                cli::calls(&admin, pool.as_deref(), instance.as_deref())?;
+            }
+            Self::Trace { admin, trace } => cli::trace(&admin, &trace)?,
             Self::Drain { admin, instance, deadline } => cli::drain(&admin, &instance, deadline)?,
             Self::Undrain { admin, instance } => cli::undrain(&admin, &instance)?,
             Self::Load { load } => strowger::load::run(&load)?,

@@ -337,6 +337,33 @@ impl Metrics {
         }
     }
 
+    /// The figures of [`super::Sinks`]: copies taken and lost, exports by outcome, records by
+    /// outcome, live calls. Once per process.
+    pub(super) fn sinks(&self) -> (IntCounter, IntCounter, IntCounterVec, IntCounterVec, IntGauge) {
+        let copies = counter(
+            &self.registry,
+            "strowger_tap_messages_total",
+            "Copies of messages for traces and exports",
+            &["outcome"],
+        );
+        let exported = counter(
+            &self.registry,
+            "strowger_hep_messages_total",
+            "Messages for the HEP collector",
+            &["outcome"],
+        );
+        let records = counter(
+            &self.registry,
+            "strowger_call_records_total",
+            "Records of calls that ended, by what became of the record",
+            &["outcome"],
+        );
+        let live = IntGauge::new("strowger_calls", "Live calls that are listed");
+        let (taken, lost) =
+            (copies.with_label_values(&["taken"]), copies.with_label_values(&["lost"]));
+        (taken, lost, exported, records, register(&self.registry, live))
+    }
+
     /// Counts an event.
     pub fn event(&self, listener: &str, kind: &str) {
         self.events.with_label_values(&[listener, kind]).inc();

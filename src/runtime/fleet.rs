@@ -17,7 +17,7 @@ use super::launch::{BoundSocket, Launch};
 use super::mailbox::Mailbox;
 use super::shared::Shared;
 use super::worker::{Start, Worker};
-use crate::observe::{Events, Metrics};
+use crate::observe::{Events, Metrics, Sinks};
 use crate::routing::{Core, ListenerSpec};
 
 /// All workers.
@@ -28,6 +28,7 @@ pub struct Fleet {
     core: Arc<Core>,
     metrics: Arc<Metrics>,
     events: Arc<Events>,
+    sinks: Sinks,
     seed: u64,
     started: u32,
     serial: u64,
@@ -88,6 +89,7 @@ impl Fleet {
         core: Arc<Core>,
         metrics: Arc<Metrics>,
         events: Arc<Events>,
+        sinks: Sinks,
         seed: u64,
         started: u32,
     ) -> io::Result<Self> {
@@ -103,6 +105,7 @@ impl Fleet {
             core,
             metrics,
             events,
+            sinks,
             seed,
             started,
             serial: 0,
@@ -211,6 +214,7 @@ impl Fleet {
             core: Arc::clone(&self.core),
             metrics: Arc::clone(&self.metrics),
             events: Arc::clone(&self.events),
+            sinks: self.sinks.clone(),
             mailboxes: (0..count).map(|_| Mailbox::default()).collect(),
             connections: AtomicU32::new(0),
             in_progress: (0..count).map(|_| AtomicUsize::new(0)).collect(),

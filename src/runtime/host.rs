@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use strowger_contract::{
     BackendId, CloseCause, Closing, Command, Context, Endpoint, Engine, FlowId, Frame, FrameError,
-    Message, Outbox, PeerChange, Protocol, Transport, WorkerId,
+    Message, Outbox, PeerChange, Protocol, Router, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,7 @@ use super::link::LinkTable;
 use super::mailbox::{Letters, Mail};
 use super::shared::{NodeEvent, Shared};
 use super::stream::{Connection, serve};
-use crate::observe::ListenerMetrics;
+use crate::observe::{Direction, ListenerMetrics, TapPort};
 use crate::routing::{CoreRouter, ListenerSpec, Setup};
 
 /// What a stream is read into before it is cut: one per listener and worker.
@@ -57,6 +57,7 @@ pub(crate) struct State<P: Protocol> {
     pub(crate) engine: P::Engine,
     pub(crate) router: CoreRouter,
     pub(crate) metrics: ListenerMetrics,
+    tap: TapPort,
     pub(crate) links: LinkTable,
     pub(crate) spec: Arc<ListenerSpec>,
     setup: Arc<Setup<P>>,
@@ -137,6 +138,7 @@ impl<P: Protocol> Host<P> {
             engine,
             router: shared.core.router(worker),
             metrics: shared.metrics.listener(&shared.name, P::NAME, worker),
+            tap: TapPort::new(&shared.sinks.tap, P::NAME, &shared.name),
             links: LinkTable::default(),
             setup,
             out: Outbox::new(),
@@ -433,6 +435,8 @@ impl<P: Protocol> Batch<'_, P> {
 
     fn receive(&mut self, message: Message<'_>) {
         self.state.metrics.received(1, message.bytes.len() as u64);
+        let Message { transport, remote, local, bytes, .. } = message;
+        self.state.tap.see(self.now, Direction::In, transport, remote, local, bytes);
         self.guard(|state, now, out| state.engine.on_message(now, message, &mut state.router, out));
     }
 
@@ -525,7 +529,7 @@ impl<P: Protocol> Batch<'_, P> {
         let view = self.host.shared.names(&self.state.router);
         for note in out.notes() {
             self.state.metrics.note(note, &view);
-            self.host.shared.log(note);
+            self.host.shared.log(note, &view);
         }
         drop(view);
         for command in out.commands() {
@@ -562,7 +566,17 @@ impl<P: Protocol> Batch<'_, P> {
         match frame.to {
             Endpoint::Datagram { socket, remote } => {
                 match self.host.ports.get(usize::from(socket)).and_then(Option::as_ref) {
-                    Some(port) => port.want(remote, frame.bytes.clone()),
+                    Some(port) => {
+                        self.state.tap.see(
+                            self.now,
+                            Direction::Out,
+                            Transport::Udp,
+                            port.local,
+                            remote,
+                            out.bytes(&frame.bytes),
+                        );
+                        port.want(remote, frame.bytes.clone());
+                    }
                     None => self.state.metrics.send_failed("no_socket"),
                 }
             }
@@ -624,8 +638,11 @@ impl<P: Protocol> Batch<'_, P> {
         let limit = CUT_OFF_FACTOR * self.host.queued_bytes_max.get();
         match self.state.links.offer(backend, bytes, limit, P::LINKS, self.now) {
             Offer::Open(connection) => self.push(&connection, bytes),
-            Offer::Waits => {}
-            Offer::Dial => self.state.dials.push(Dial::Backend(backend)),
+            Offer::Waits => self.see_waiting(backend, bytes),
+            Offer::Dial => {
+                self.see_waiting(backend, bytes);
+                self.state.dials.push(Dial::Backend(backend));
+            }
             Offer::Down(cause) => {
                 self.state.metrics.send_failed("link_down");
                 let news = (Endpoint::Backend(backend), PeerChange::Closed(cause));
@@ -638,6 +655,22 @@ impl<P: Protocol> Batch<'_, P> {
         }
     }
 
+    /// Shows the tap what waits for a link: our end has no address yet.
+    fn see_waiting(&self, backend: BackendId, bytes: &[u8]) {
+        if let Some(view) = self.state.router.backend(backend) {
+            self.see_dialing(view.transport, view.address, bytes);
+        }
+    }
+
+    fn see_dialing(&self, transport: Transport, to: SocketAddr, bytes: &[u8]) {
+        let any: std::net::IpAddr = match to {
+            SocketAddr::V4(_) => std::net::Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => std::net::Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let from = SocketAddr::new(any, 0);
+        self.state.tap.see(self.now, Direction::Out, transport, from, to, bytes);
+    }
+
     fn deliver_to_remote(&mut self, transport: Transport, address: SocketAddr, bytes: &[u8]) {
         let key = (transport, address);
         if let Some(connection) =
@@ -645,6 +678,7 @@ impl<P: Protocol> Batch<'_, P> {
         {
             return self.push(&connection, bytes);
         }
+        self.see_dialing(transport, address, bytes);
         let limit = self.host.queued_bytes_max.get();
         if let Some(waiting) = self.state.dialing.get_mut(&key) {
             if waiting.len() + bytes.len() <= limit {
@@ -663,6 +697,8 @@ impl<P: Protocol> Batch<'_, P> {
             self.state.metrics.queue_overflow();
             return;
         }
+        let Connection { local, remote, transport, .. } = **connection;
+        self.state.tap.see(self.now, Direction::Out, transport, local, remote, bytes);
         self.state.metrics.sent(1, 0);
         if !connection.dirty.replace(true) {
             self.state.dirty.push(Rc::clone(connection));

@@ -10,7 +10,7 @@ use strowger_contract::{
 };
 
 use super::mailbox::{Mail, Mailbox};
-use crate::observe::{Event, Events, Metrics, NameView};
+use crate::observe::{Event, Events, Metrics, NameView, Sinks, Told};
 use crate::routing::{Core, CoreRouter, Snapshot};
 
 /// What the workers of one listener share.
@@ -22,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) core: Arc<Core>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) events: Arc<Events>,
+    pub(crate) sinks: Sinks,
     pub(crate) mailboxes: Vec<Mailbox>,
     /// Clients' connections, over all workers.
     pub(crate) connections: AtomicU32,
@@ -81,10 +82,21 @@ impl Shared {
         pause.mul_f64(0.75 + share / 2.0)
     }
 
-    /// Logs what an engine has to say.
-    pub(crate) fn log(&self, note: &Note) {
-        if let Note::Event { level, name, detail } = note {
-            self.events.emit(Event::engine(*level, &self.name, name, detail.clone()));
+    /// Logs what an engine has to say, and gives its records to their sink.
+    pub(crate) fn log(&self, note: &Note, names: &Names) {
+        match note {
+            Note::Event { level, name, detail } => {
+                self.events.emit(Event::engine(*level, &self.name, name, detail.clone()));
+            }
+            Note::Call(record) => {
+                let instance = record.backend.and_then(|backend| names.backend(backend));
+                self.sinks.calls.put(Told {
+                    record: record.clone(),
+                    listener: self.name.as_str().into(),
+                    instance: instance.map(|(pool, id)| (pool.into(), id.into())),
+                });
+            }
+            _ => {}
         }
     }
 

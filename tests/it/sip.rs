@@ -1,5 +1,8 @@
 //! sipp's calls through the edge.
 
+mod phone;
+mod trace;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -26,14 +26,14 @@ const EVENTS_WAITING: usize = 64;
 
 const PAGE: &str = include_str!("status.html");
 
-struct Shared {
-    backend: Arc<dyn AdminBackend>,
+pub(super) struct Shared {
+    pub(super) backend: Arc<dyn AdminBackend>,
     token: Option<String>,
     places: Semaphore,
     timeout: Duration,
 }
 
-type App = State<Arc<Shared>>;
+pub(super) type App = State<Arc<Shared>>;
 
 pub(super) fn router(
     backend: Arc<dyn AdminBackend>,
@@ -57,6 +57,9 @@ pub(super) fn router(
         .route("/api/v1/sessions", get(sessions))
         .route("/api/v1/listeners", get(listeners))
         .route("/api/v1/peers", get(peers))
+        .route("/api/v1/calls", get(super::calls::calls))
+        .route("/api/v1/traces", get(super::calls::traces).post(super::calls::start))
+        .route("/api/v1/traces/{id}", get(super::calls::trace).delete(super::calls::end))
         .route("/api/v1/events", get(events))
         .fallback(|| async {
             problem(StatusCode::NOT_FOUND, "There is nothing at this path", json!({}))
@@ -74,7 +77,7 @@ pub(super) fn router(
 }
 
 /// `application/problem+json` (RFC 9457).
-fn problem(status: StatusCode, title: &str, extra: Value) -> Response {
+pub(super) fn problem(status: StatusCode, title: &str, extra: Value) -> Response {
     let mut body = json!({ "type": "about:blank", "title": title, "status": status.as_u16() });
     if let (Value::Object(body), Value::Object(extra)) = (&mut body, extra) {
         body.extend(extra);

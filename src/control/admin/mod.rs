@@ -3,6 +3,7 @@
 //! It sees the edge only through [`AdminBackend`].
 
 mod api;
+mod calls;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::observe::{Events, Metrics};
+use crate::observe::{Events, Metrics, Sinks};
 use crate::routing::Core;
 
 /// Something that readiness depends on.
@@ -36,6 +37,9 @@ pub enum PutError {
     Invalid(Vec<String>),
 }
 
+/// A protocol's name, and what finds a trace's messages.
+pub type Traced = (&'static str, Box<dyn strowger_contract::Tracer>);
+
 /// The edge, as the admin server sees it.
 pub trait AdminBackend: Send + Sync {
     /// Whether it may get traffic.
@@ -53,6 +57,13 @@ pub trait AdminBackend: Send + Sync {
     fn metrics(&self) -> &Arc<Metrics>;
     /// The events.
     fn events(&self) -> &Arc<Events>;
+    /// Traces and calls.
+    fn sinks(&self) -> &Sinks;
+    /// What finds the messages of a trace.
+    ///
+    /// # Errors
+    /// There is no such protocol or kind of key; what there is.
+    fn tracer(&self, protocol: &str, key: &str) -> Result<Traced, String>;
     /// The node and its listeners.
     fn node(&self) -> Value;
     /// The session spaces of all protocols' names: a name may be looked for in each.

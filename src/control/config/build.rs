@@ -13,7 +13,8 @@ use super::node::{AdminSettings, NodeSettings, admin, node, registry};
 use super::pools::{RawPool, pool};
 use super::read::{Reader, join};
 use super::tree::{Kind, Node};
-use super::{Source, classes};
+use super::{Source, classes, exports};
+use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{PoolNames, SnapshotSpec};
 
 /// Pools and listeners, at most: each has its metrics.
@@ -29,6 +30,10 @@ pub struct Loaded {
     pub node: NodeSettings,
     /// The admin HTTP server; a reload does not change it.
     pub admin: AdminSettings,
+    /// Where records of calls go.
+    pub cdr: Option<CdrSettings>,
+    /// Where copies of SIP messages go.
+    pub hep: Option<HepSettings>,
     /// Further directories to read and watch.
     pub watch: Vec<PathBuf>,
     /// Not wrong, but perhaps not meant.
@@ -61,15 +66,25 @@ impl<'a> Build<'a> {
 
     /// Reads one file.
     pub(super) fn read(&mut self, reader: &mut Reader, tree: &Node) {
-        const KEYS: [&str; 8] =
-            ["version", "node", "admin", "registry", "watch", "classes", "listeners", "pools"];
+        const KEYS: [&str; 10] = [
+            "version",
+            "node",
+            "admin",
+            "registry",
+            "watch",
+            "classes",
+            "listeners",
+            "pools",
+            "cdr",
+            "hep",
+        ];
         let Some(fields) = reader.fields(tree, "", &KEYS) else { return };
         if let Some(version) = fields.get("version")
             && version.kind != Kind::Integer(1)
         {
             reader.wrong(version, "version", "this release reads version 1");
         }
-        for key in ["node", "admin", "registry"] {
+        for key in ["node", "admin", "registry", "cdr", "hep"] {
             if let Some(node) = fields.get(key) {
                 self.once(reader, key, node);
             }
@@ -82,6 +97,12 @@ impl<'a> Build<'a> {
         }
         if let Some(tree) = fields.get("registry") {
             registry(reader, tree);
+        }
+        if let Some(tree) = fields.get("cdr").filter(|tree| tree.kind != Kind::Null) {
+            self.loaded.cdr = exports::cdr(reader, tree);
+        }
+        if let Some(tree) = fields.get("hep").filter(|tree| tree.kind != Kind::Null) {
+            self.loaded.hep = exports::hep(reader, tree);
         }
         if let Some(tree) = fields.get("watch") {
             self.watch(reader, tree);

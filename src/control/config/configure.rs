@@ -6,9 +6,10 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use strowger_contract::{Links, OptionsError, PoolId, Probe, Protocol, Scope, Transport};
+use strowger_contract::{Links, OptionsError, PoolId, Probe, Protocol, Scope, Tracer, Transport};
 
 use super::read::unknown;
+use crate::observe::TraceProtocol;
 use crate::routing::Setup;
 
 /// What the control side needs of a protocol.
@@ -38,6 +39,15 @@ pub trait Configure: Send + Sync {
     fn schemas(&self, generator: &mut schemars::SchemaGenerator) -> (Value, Value);
     /// A health check by its name.
     fn probe(&self, name: &str) -> Option<Box<dyn Probe>>;
+    /// What a trace may follow, the default first; empty if it cannot be traced.
+    fn trace_keys(&self) -> &'static [&'static str];
+    /// What finds a trace's messages.
+    ///
+    /// # Errors
+    /// The value cannot be one of that kind; why.
+    fn tracer(&self, kind: &str, value: &str) -> Result<Box<dyn Tracer>, String>;
+    /// What the tap's thread asks of messages.
+    fn trace_protocol(&self) -> TraceProtocol;
 }
 
 /// A listener's setup.
@@ -126,6 +136,18 @@ impl<P: Protocol> Configure for Configurer<P> {
 
     fn probe(&self, name: &str) -> Option<Box<dyn Probe>> {
         P::probe(name)
+    }
+
+    fn trace_keys(&self) -> &'static [&'static str] {
+        P::TRACE_KEYS
+    }
+
+    fn tracer(&self, kind: &str, value: &str) -> Result<Box<dyn Tracer>, String> {
+        P::tracer(kind, value)
+    }
+
+    fn trace_protocol(&self) -> TraceProtocol {
+        TraceProtocol { name: P::NAME, conversation: P::conversation, describe: P::describe }
     }
 }
 

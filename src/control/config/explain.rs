@@ -8,6 +8,7 @@ use strowger_contract::{ClassId, duration};
 use super::Loaded;
 use super::pools::BALANCES;
 use super::tree::{self, Node, Step};
+use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{BackendSpec, ListenerSpec, PoolSpec};
 
 /// Where the notes begin, if the values leave room.
@@ -70,12 +71,31 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
                 ("token_file", optional(loaded.admin.token_file.as_ref())),
             ]),
         ),
+        ("cdr", loaded.cdr.as_ref().map_or_else(null, cdr)),
+        ("hep", loaded.hep.as_ref().map_or_else(null, hep)),
         ("watch", Shown::List(watched)),
         ("classes", Shown::Map(classes.collect())),
         ("listeners", Shown::List(listeners)),
         ("pools", Shown::Map(pools.collect())),
     ];
     values.map(|(key, value)| (key.to_owned(), value)).into()
+}
+
+fn cdr(cdr: &CdrSettings) -> Shown {
+    map([
+        ("file", text(&cdr.file.display().to_string())),
+        ("max_bytes", number(cdr.max_bytes)),
+        ("keep", number(cdr.keep)),
+    ])
+}
+
+fn hep(hep: &HepSettings) -> Shown {
+    map([
+        ("collector", text(&hep.collector)),
+        ("sample_one_in", number(hep.sample_one_in)),
+        ("capture_id", number(hep.capture_id)),
+        ("auth_key_file", optional(hep.auth_key_file.as_ref())),
+    ])
 }
 
 fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {

@@ -6,6 +6,7 @@
 //! | `read` | values out of the tree; collects what is wrong |
 //! | `build` | what the values mean together |
 //! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
+//! | `exports` | call records and HEP |
 //! | `configure` | a protocol's own options |
 //! | `schema` | the JSON schema |
 //! | `explain` | effective values and where they come from |
@@ -15,6 +16,7 @@ mod classes;
 mod configure;
 mod endpoint;
 mod explain;
+mod exports;
 mod listeners;
 mod node;
 mod pools;

@@ -1,0 +1,37 @@
+//! Where copies of messages and records of calls go: bounded queues, each with a thread of its own.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::calls::Calls;
+use super::metrics::Metrics;
+use super::tap::Tap;
+use super::traces::{TraceProtocol, Traces};
+
+/// What workers give to, and the control side looks into.
+#[derive(Clone)]
+pub struct Sinks {
+    /// Copies of messages.
+    pub tap: Arc<Tap>,
+    /// Traces and the export to Homer.
+    pub traces: Arc<Traces>,
+    /// Live calls and their records.
+    pub calls: Arc<Calls>,
+}
+
+impl Sinks {
+    /// Starts the threads.
+    #[must_use]
+    pub fn start(metrics: &Metrics, protocols: Vec<TraceProtocol>) -> Self {
+        let (taken, lost, exported, records, live) = metrics.sinks();
+        let tap = Tap::new(taken, lost);
+        let traces = Traces::start(&tap, protocols, exported);
+        Self { tap, traces, calls: Calls::start(records, live) }
+    }
+}
+
+impl fmt::Debug for Sinks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Sinks")
+    }
+}

@@ -10,13 +10,28 @@ const LEVELS: usize = 5;
 const SLOT_BITS: u32 = 6;
 const SLOTS: usize = 1 << SLOT_BITS;
 
+/// No entry.
+const NONE: u32 = u32::MAX;
+
 #[derive(Clone, Copy, Debug)]
 struct Entry {
     tick: u64,
     key: u64,
+    /// The next one in the same slot, or in the list of free ones.
+    next: u32,
 }
 
-/// The wheel.
+/// The entries of a slot, in the order that they came.
+#[derive(Clone, Copy, Debug)]
+struct List {
+    first: u32,
+    last: u32,
+}
+
+const EMPTY: List = List { first: NONE, last: NONE };
+
+/// The wheel. Its entries lie in one block that grows to the most timers that there ever were at a
+/// time, and never again: no slot has memory of its own.
 #[derive(Debug)]
 pub struct Wheel {
     start: Instant,
@@ -24,8 +39,9 @@ pub struct Wheel {
     tick: u64,
     len: usize,
     occupied: [u64; LEVELS],
-    slots: Vec<Vec<Entry>>,
-    spill: Vec<Entry>,
+    slots: [List; LEVELS * SLOTS],
+    entries: Vec<Entry>,
+    free: u32,
 }
 
 impl Wheel {
@@ -41,8 +57,9 @@ impl Wheel {
             tick: 0,
             len: 0,
             occupied: [0; LEVELS],
-            slots: (0..LEVELS * SLOTS).map(|_| Vec::new()).collect(),
-            spill: Vec::new(),
+            slots: [EMPTY; LEVELS * SLOTS],
+            entries: Vec::new(),
+            free: NONE,
         }
     }
 
@@ -65,7 +82,17 @@ impl Wheel {
         // Rounded up: a timer must not fire early.
         let tick = u64::try_from(after.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX);
         self.len += 1;
-        self.place(Entry { tick: tick.max(self.tick), key });
+        let entry = Entry { tick: tick.max(self.tick), key, next: NONE };
+        let index = self.free;
+        let index = if let Some(free) = self.entries.get_mut(index as usize) {
+            self.free = free.next;
+            *free = entry;
+            index
+        } else {
+            self.entries.push(entry);
+            (self.entries.len() - 1) as u32
+        };
+        self.place(index);
     }
 
     /// Fires all that is due at `now`, in the order of ticks. `fire` gets each key once.
@@ -102,17 +129,19 @@ impl Wheel {
             return;
         }
         self.occupied[0] &= !(1 << slot);
-        // Swapped out so that the slot keeps its memory and the closure sees no half-fired wheel.
-        let mut due = std::mem::replace(&mut self.slots[slot], std::mem::take(&mut self.spill));
-        for entry in due.drain(..) {
+        // Taken out so that the closure sees no half-fired wheel.
+        let mut index = std::mem::replace(&mut self.slots[slot], EMPTY).first;
+        while let Some(entry) = self.entries.get(index as usize).copied() {
             if entry.tick <= self.tick {
                 self.len -= 1;
+                self.entries[index as usize].next = self.free;
+                self.free = index;
                 fire(entry.key);
             } else {
-                self.place(entry);
+                self.place(index);
             }
+            index = entry.next;
         }
-        self.spill = due;
     }
 
     /// A lower bound of the first tick at which anything is due or must be moved down.
@@ -143,21 +172,28 @@ impl Wheel {
             }
             self.occupied[level] &= !(1 << slot);
             let at = level * SLOTS + slot;
-            let mut near = std::mem::replace(&mut self.slots[at], std::mem::take(&mut self.spill));
-            for entry in near.drain(..) {
-                self.place(entry);
+            let mut index = std::mem::replace(&mut self.slots[at], EMPTY).first;
+            while let Some(entry) = self.entries.get(index as usize).copied() {
+                self.place(index);
+                index = entry.next;
             }
-            self.spill = near;
         }
     }
 
-    fn place(&mut self, entry: Entry) {
+    /// Appends an entry to the slot where it belongs now.
+    fn place(&mut self, index: u32) {
         let horizon = Self::HORIZON.as_millis() as u64 - 1;
+        let entry = &mut self.entries[index as usize];
+        entry.next = NONE;
         let tick = entry.tick.clamp(self.tick, self.tick + horizon);
         let level = Self::level(self.tick, tick);
         let slot = (tick >> (SLOT_BITS * level as u32)) as usize & (SLOTS - 1);
         self.occupied[level] |= 1 << slot;
-        self.slots[level * SLOTS + slot].push(entry);
+        let list = &mut self.slots[level * SLOTS + slot];
+        match std::mem::replace(&mut list.last, index) {
+            NONE => list.first = index,
+            last => self.entries[last as usize].next = index,
+        }
     }
 
     /// The coarsest level whose current slot does not already contain `tick`.

@@ -134,7 +134,8 @@ impl Default for Scan {
         Self {
             start: Start::Response { code: 0 },
             headers_at: 0,
-            headers: Vec::with_capacity(32),
+            // Not with a capacity: taking the scan out for a call leaves a default behind.
+            headers: Vec::new(),
             body_at: 0,
             broken: None,
         }

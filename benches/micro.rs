@@ -1,0 +1,103 @@
+//! Micro benches: what one step of the data's way costs. `cargo bench --bench micro`.
+#![allow(missing_docs)]
+
+mod rig;
+
+use std::time::{Duration, Instant};
+
+use divan::{Bencher, black_box, counter::ItemsCount};
+use rig::{DiameterRig, SipRig, core, invite, key};
+use strowger_contract::{ClassId, Query, Router, WorkerId};
+use strowger_sip::Mode;
+use strowger_sip::scan::Scan;
+
+fn main() {
+    divan::main();
+}
+
+/// Where things are in a 1.3 kB INVITE.
+#[divan::bench(sample_size = 1_000)]
+fn sip_scan(bencher: Bencher<'_, '_>) {
+    let message = invite();
+    let mut scan = Scan::default();
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| scan.scan(black_box(&message)).is_ok());
+}
+
+/// INVITE scanned, routed, rewritten; by the stateless proxy, which keeps nothing.
+#[divan::bench(sample_size = 1_000)]
+fn sip_invite_stateless(bencher: Bencher<'_, '_>) {
+    let mut rig = SipRig::new(Instant::now(), Mode::Stateless, 4);
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| rig.invite());
+}
+
+/// A whole call (INVITE, 180, 200, ACK, BYE, 200) by the stateful proxy, with its timers.
+#[divan::bench(sample_size = 1_000)]
+fn sip_call_stateful(bencher: Bencher<'_, '_>) {
+    let mut rig = SipRig::new(Instant::now(), Mode::Stateful, 4);
+    let mut ok = Vec::new();
+    bencher.counter(ItemsCount::new(6u32)).bench_local(|| {
+        rig.call(&mut ok);
+        rig.pass(Duration::from_millis(5));
+    });
+}
+
+/// A 500 B request there and its answer back.
+#[divan::bench(sample_size = 1_000)]
+fn diameter_relay_there_and_back(bencher: Bencher<'_, '_>) {
+    let mut rig = DiameterRig::new(Instant::now(), 4);
+    bencher.counter(ItemsCount::new(2u32)).bench_local(|| {
+        rig.request();
+        rig.answer();
+        rig.pass(Duration::from_micros(900));
+    });
+}
+
+/// One decision for a new session.
+#[divan::bench(sample_size = 1_000, args = [10, 1_000, 10_000])]
+fn route(bencher: Bencher<'_, '_>, backends: usize) {
+    let now = Instant::now();
+    let (core, pool) = core(now, backends, "udp://127.0.0.", "    balance: hash\n");
+    let mut router = core.router(WorkerId(0));
+    let mut number = 0;
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| {
+        number += 1;
+        let query = Query {
+            pool,
+            session: key(&router, number),
+            pin: None,
+            in_session: false,
+            awaits: false,
+            class: ClassId::SETUP,
+            deadline: now + Duration::from_secs(1),
+            capability: 0,
+            exclude: &[],
+        };
+        router.route(now, &query)
+    });
+}
+
+/// A look-up among a million sessions.
+#[divan::bench(sample_size = 1_000)]
+fn session_lookup_among_a_million(bencher: Bencher<'_, '_>) {
+    let now = Instant::now();
+    let (core, pool) = core(now, 10, "udp://127.0.0.", "");
+    let mut router = core.router(WorkerId(0));
+    let backend = core.snapshot().pool(pool).expect("the pool").backends().next().expect("one").id;
+    let sessions = 900_000;
+    for number in 0..sessions {
+        let session = key(&router, number);
+        router.learn(now, session, backend, ClassId::SETUP, Duration::from_secs(3_600));
+    }
+    let mut number = 0u64;
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| {
+        number = (number + 7_919) % sessions;
+        let session = key(&router, number);
+        router.lookup(now, session)
+    });
+}
+
+/// The next snapshot of 10,000 backends, from a wanted state.
+#[divan::bench(sample_count = 10)]
+fn snapshot_of_10_000_backends(bencher: Bencher<'_, '_>) {
+    bencher.bench_local(|| core(Instant::now(), 10_000, "udp://127.0.0.", ""));
+}

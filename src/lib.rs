@@ -20,10 +20,12 @@
 //! | [`protocols`] | the one list of protocols |
 //! | [`edge`] | puts them together: one running edge |
 //! | [`load`] | the load generator: both sides of an edge, open loop |
+//! | [`decode`] | messages and captures in words |
 //! | [`demo`] | sample workloads and traffic on loopback |
 
 pub mod cli;
 pub mod control;
+pub mod decode;
 pub mod demo;
 pub mod edge;
 pub mod load;

@@ -61,6 +61,18 @@ enum Command {
         #[arg(value_parser = ["edge"])]
         of: String,
     },
+    /// Print Diameter and SIP messages readably: of a file of them, of hex text, of a pcap or pcapng.
+    Decode {
+        /// The file; - for standard input.
+        #[arg(default_value = "-", value_name = "FILE")]
+        file: PathBuf,
+        /// A file with definitions besides the built-in ones (docs/diameter-rules.md).
+        #[arg(long, value_name = "FILE")]
+        dictionary: Option<PathBuf>,
+        /// How to print.
+        #[arg(short, long, default_value = "table", value_name = "FORMAT")]
+        output: cli::Output,
+    },
     /// Show a running edge: its pools and instances.
     Status {
         #[command(flatten)]
@@ -164,6 +176,9 @@ impl Command {
                 Err(errors) => bail!("{errors}"),
             },
             Self::Schema { of: _ } => println!("{}", schema()?),
+            Command::Decode { file, dictionary, output } => {
+                strowger::decode::run(&file, dictionary.as_deref(), output)?;
+            }
             Self::Status { admin } => cli::status(&admin)?,
             Self::Sessions { admin, key } => cli::sessions(&admin, key.as_deref())?,
             Self::Calls { admin, pool, instance } => {

@@ -5,6 +5,8 @@
 //! | [`avp`] | header and AVPs, every length checked |
 //! | [`frame`] | cuts streams |
 //! | [`build`] | messages of our own |
+//! | [`dictionary`] | names of applications, commands and AVPs, from files |
+//! | [`decode`] | messages in words |
 //! | `peer` | CER, DWR, DPR with clients and backends |
 //! | `pending` | requests under way, by Hop-by-Hop identifier |
 //! | `relay` | requests and answers on their way |
@@ -14,6 +16,8 @@
 mod answer;
 pub mod avp;
 pub mod build;
+pub mod decode;
+pub mod dictionary;
 mod engine;
 pub mod frame;
 pub mod options;

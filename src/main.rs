@@ -176,7 +176,7 @@ impl Command {
                 Err(errors) => bail!("{errors}"),
             },
             Self::Schema { of: _ } => println!("{}", schema()?),
-            Command::Decode { file, dictionary, output } => {
+            Self::Decode { file, dictionary, output } => {
                 strowger::decode::run(&file, dictionary.as_deref(), output)?;
             }
             Self::Status { admin } => cli::status(&admin)?,

@@ -176,7 +176,10 @@ fn value(known: &AvpDefinition, data: &[u8]) -> Option<String> {
             } else {
                 number.cast_signed().to_string()
             };
-            known.value_name(number).map_or(shown.clone(), |name| format!("{name} ({shown})"))
+            match known.value_name(number) {
+                Some(name) => format!("{name} ({shown})"),
+                None => shown,
+            }
         }
         Kind::Unsigned64 => eight()?.to_string(),
         Kind::Integer64 => eight()?.cast_signed().to_string(),

@@ -80,9 +80,8 @@ fn ours_agrees_with_wiresharks() {
     }
     let bare = |name: &str| {
         let name = name.to_ascii_lowercase();
-        ["3gpp-", "cx-", "sh-"].iter().fold(name, |name, prefix| {
-            name.strip_prefix(prefix).map_or(name.clone(), str::to_owned)
-        })
+        let prefix = ["3gpp-", "cx-", "sh-"].into_iter().find(|prefix| name.starts_with(prefix));
+        name[prefix.map_or(0, str::len)..].to_owned()
     };
     let (mut compared, mut wrong) = (0, Vec::new());
     for avp in Dictionary::built_in().avps() {

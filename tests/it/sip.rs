@@ -1,6 +1,7 @@
 //! sipp's calls through the edge.
 
 mod phone;
+mod scenarios;
 mod trace;
 
 use std::fs;

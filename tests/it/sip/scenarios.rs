@@ -1,0 +1,185 @@
+//! Our sipp scenarios, each through the real binary and over each transport.
+//!
+//! `scenarios/NAME.uac.xml` calls `sip:…@NAME.test`, which a route sends to a pool whose only instance
+//! plays `NAME.uas.xml`. One edge per transport serves them all; pairs of sipp run side by side.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use crate::harness::{Edge, Process, alone, free_port, has};
+
+/// How many pairs run at a time: sipp sleeps most of its time.
+const AT_A_TIME: usize = 8;
+
+/// Calls of each pair.
+const CALLS: u32 = 2;
+
+/// A pair that hangs ends here; the machine may be slow.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Scenarios that need a caller on IPv6.
+const IPV6: &str = "ipv6_to_ipv4";
+
+/// What has no `.uas.xml` of its own and no domain: the default pool answers.
+const DEFAULT: &str = "default";
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/sip/scenarios")
+}
+
+/// All scenarios, in order.
+fn names() -> Vec<String> {
+    let entries = fs::read_dir(folder()).expect("the scenarios");
+    let mut names: Vec<String> = entries
+        .filter_map(|entry| {
+            let name = entry.expect("an entry").file_name().into_string().expect("a name");
+            name.strip_suffix(".uac.xml").map(str::to_owned)
+        })
+        .collect();
+    names.sort();
+    names
+}
+
+struct Table {
+    transport: &'static str,
+    /// As sipp calls it.
+    mode: &'static str,
+    port: u16,
+    ports: HashMap<String, u16>,
+}
+
+impl Table {
+    fn new(transport: &'static str, mode: &'static str) -> Self {
+        let mut ports: HashMap<String, u16> =
+            names().into_iter().map(|name| (name, free_port())).collect();
+        ports.insert(DEFAULT.to_owned(), free_port());
+        Self { transport, mode, port: free_port(), ports }
+    }
+
+    fn config(&self) -> String {
+        let (transport, port) = (self.transport, self.port);
+        let (mut routes, mut pools) = (String::new(), String::new());
+        for (name, server) in &self.ports {
+            // The edge itself: a loop. Nobody there: no instance.
+            let server = if name == "loop" { port } else { *server };
+            let backends = if name == "no_instance" {
+                "[]".to_owned()
+            } else {
+                format!("[ {{ id: a, address: {transport}://127.0.0.1:{server} }} ]")
+            };
+            pools.push_str(&format!("  {name}: {{ backends: {backends} }}\n"));
+            if name != DEFAULT {
+                let domain = name.replace('_', "-");
+                routes.push_str(&format!(
+                    "      - {{ match: {{ domain: [{domain}.test] }}, pool: {name} }}\n"
+                ));
+            }
+        }
+        format!(
+            "version: 1\nnode: {{ name: test, workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [{transport}://127.0.0.1:{port}, \"{transport}://[::1]:{port}\"]\n    pool: {DEFAULT}\n    routes:\n{routes}pools:\n{pools}"
+        )
+    }
+
+    fn sipp(&self, work: &Path, name: &str, side: &str) -> Command {
+        let mut command = Command::new("sipp");
+        command.current_dir(work).arg("-sf").arg(folder().join(format!("{name}.{side}.xml")));
+        command.args(["-t", self.mode, "-nostdin", "-m", &CALLS.to_string()]);
+        command.args(["-s", "service", "-trace_err", "-error_file"]);
+        command.arg(work.join(format!("{name}.{side}.err")));
+        command.args(["-trace_msg", "-message_file"]).arg(work.join(format!("{name}.{side}.msg")));
+        command
+    }
+
+    fn server(&self, work: &Path, name: &str, calls: u32) -> Process {
+        let port = self.ports[name];
+        let mut command = self.sipp(work, name, "uas");
+        command.args(["-i", "127.0.0.1", "-p", &port.to_string(), "-m", &calls.to_string()]);
+        Process::spawn(&mut command, &work.join(format!("{name}.uas.log")))
+    }
+
+    /// Plays one scenario; what went wrong.
+    fn play(&self, work: &Path, name: &str) -> Result<(), String> {
+        let has_server = folder().join(format!("{name}.uas.xml")).exists();
+        let mut server = has_server.then(|| self.server(work, name, CALLS));
+        std::thread::sleep(Duration::from_millis(400));
+        let host = if name == IPV6 { "[::1]" } else { "127.0.0.1" };
+        let mut command = self.sipp(work, name, "uac");
+        command.args(["-i", host, "-p", &free_port().to_string(), "-r", "10"]);
+        command.arg(format!("{host}:{}", self.port));
+        let mut client = Process::spawn(&mut command, &work.join(format!("{name}.uac.log")));
+        let ended =
+            [client.wait(LIMIT), server.as_mut().map_or(Some(0), |server| server.wait(LIMIT))];
+        if ended == [Some(0), Some(0)] {
+            return Ok(());
+        }
+        let mut told =
+            format!("{name} over {}: caller and callee ended {ended:?}\n", self.transport);
+        for file in ["uac.err", "uas.err", "uac.msg"] {
+            let text = fs::read(work.join(format!("{name}.{file}"))).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let shown: String = text.chars().take(3_000).collect();
+            told.push_str(&format!("--- {file}\n{shown}\n"));
+        }
+        Err(told)
+    }
+}
+
+/// Scenarios that are known to fail, and why. It must become empty.
+const KNOWN: &[(&str, &str)] =
+    &[("loop", "a request that comes back is taken for a backend's own, and answered 500")];
+
+/// What only makes sense where messages are repeated.
+const DATAGRAMS_ONLY: [&str; 2] = ["retransmitted_requests", "lost_ack"];
+
+fn run(transport: &'static str, mode: &'static str) {
+    if !has("sipp") {
+        return;
+    }
+    let _alone = alone();
+    let table = Table::new(transport, mode);
+    let edge = Edge::start(&table.config());
+    let work = tempfile::TempDir::new().expect("a folder");
+    let mut defaults = table.server(work.path(), DEFAULT, 2 * CALLS);
+    let all = names();
+    assert!(all.len() >= 40, "{} scenarios", all.len());
+    let only = std::env::var("STROWGER_SCENARIO").ok();
+    let mut left: Vec<String> = all.into_iter().rev().collect();
+    left.retain(|name| transport == "udp" || !DATAGRAMS_ONLY.contains(&name.as_str()));
+    left.retain(|name| only.as_ref().is_none_or(|only| name == only));
+    let (left, failures) = (Mutex::new(left), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..AT_A_TIME {
+            scope.spawn(|| {
+                loop {
+                    let next = left.lock().expect("no panic").pop();
+                    let Some(name) = next else { return };
+                    if let Err(told) = table.play(work.path(), &name)
+                        && !KNOWN.iter().any(|(known, _)| *known == name)
+                    {
+                        failures.lock().expect("no panic").push(told);
+                    }
+                }
+            });
+        }
+    });
+    let failures = failures.into_inner().expect("no panic");
+    assert!(failures.is_empty(), "{} failed:\n{}", failures.len(), failures.join("\n"));
+    if only.is_none() {
+        assert_eq!(defaults.wait(LIMIT), Some(0), "the default pool's messages");
+    }
+    assert_eq!(edge.metric("strowger_engine_panics_total", &[]), 0.0);
+}
+
+#[test]
+fn scenarios_over_udp() {
+    run("udp", "u1");
+}
+
+#[test]
+fn scenarios_over_tcp() {
+    run("tcp", "t1");
+}

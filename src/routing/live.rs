@@ -137,6 +137,11 @@ impl BackendLive {
         }
     }
 
+    /// Whether the link is dead.
+    pub(super) fn is_link_down(&self) -> bool {
+        self.link.load(Relaxed) == DOWN
+    }
+
     /// A word for the link's state.
     pub(super) fn link_word(&self) -> &'static str {
         match self.link.load(Relaxed) {

@@ -23,6 +23,17 @@ pub(super) struct Peers {
 }
 
 impl Peers {
+    /// Clients' connections of that identity, in any letter case.
+    pub(super) fn named(&self, listener: &str, identity: &str) -> usize {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = |((of, peer), report): &(&(String, Endpoint), &PeerReport)| {
+            of == listener
+                && matches!(peer, Endpoint::Client(_))
+                && report.identity.eq_ignore_ascii_case(identity)
+        };
+        table.iter().filter(same).count()
+    }
+
     pub(super) fn report(&self, listener: &str, peer: Endpoint, report: Option<PeerReport>) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (listener.to_owned(), peer);

@@ -505,6 +505,7 @@ impl Router for CoreRouter {
             identity: backend.spec.identity.as_deref(),
             in_flight: backend.live.in_flight(),
             is_linked: backend.is_linked(),
+            is_link_down: backend.live.is_link_down(),
         })
     }
 
@@ -602,6 +603,15 @@ impl Router for CoreRouter {
     fn pace(&mut self, now: Instant, backend: BackendId, bucket: usize, rate: Rate) -> bool {
         let Some(backend) = self.snapshot.backend(backend) else { return true };
         backend.live.pace(self.core.clock_ns(now), bucket, rate)
+    }
+
+    fn linked(&self, pool: PoolId) -> usize {
+        let backends = self.snapshot.pool(pool).map(|pool| pool.backends.iter());
+        backends.into_iter().flatten().filter(|backend| backend.is_linked()).count()
+    }
+
+    fn peers_named(&self, listener: &str, identity: &str) -> usize {
+        self.core.peers().named(listener, identity)
     }
 
     fn report_peer(&mut self, listener: &str, peer: Endpoint, report: Option<PeerReport>) {

@@ -554,6 +554,10 @@ impl<P: Protocol> Batch<'_, P> {
                 });
             }
             Command::Close(peer, how) => self.close(*peer, *how),
+            Command::HoldOff(Endpoint::Backend(backend), lasting) => {
+                self.state.links.hold_off(*backend, self.now + *lasting);
+            }
+            Command::HoldOff(..) => {}
             Command::Splice(flow, backend, limits) => {
                 if let Some(connection) = self.state.flows.get(*flow) {
                     connection.splice_to(*backend, *limits);

@@ -31,6 +31,8 @@ const RETIRED_GRACE: Duration = Duration::from_secs(5);
 #[derive(Default)]
 pub(crate) struct LinkTable {
     links: HashMap<BackendId, LinkState>,
+    /// Backends that are left alone until then, once their link is down.
+    held_off: HashMap<BackendId, Instant>,
 }
 
 enum LinkState {
@@ -135,6 +137,17 @@ impl LinkTable {
         pause
     }
 
+    /// Leaves a backend alone until then, once its link is down.
+    pub(crate) fn hold_off(&mut self, backend: BackendId, until: Instant) {
+        self.held_off.insert(backend, until);
+    }
+
+    /// How long a backend is yet to be left alone; said once.
+    fn held_off(&mut self, backend: BackendId, now: Instant) -> Duration {
+        let until = self.held_off.remove(&backend);
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
+    }
+
     fn failures(&self, backend: BackendId) -> u32 {
         match self.links.get(&backend) {
             Some(LinkState::Paused { failures, .. }) => *failures,
@@ -144,6 +157,7 @@ impl LinkTable {
 
     fn forget(&mut self, backend: BackendId) {
         self.links.remove(&backend);
+        self.held_off.remove(&backend);
     }
 }
 
@@ -305,6 +319,7 @@ async fn keep_link<P: Protocol>(host: Rc<Host<P>>, backend: BackendId) {
             tokio::task::spawn_local(async move { run_link(&host, backend, failures).await })
         };
         let Ok(pause) = task.await else { return };
+        let pause = pause.max(host.state().links.held_off(backend, Instant::now()));
         tokio::time::sleep(host.shared.jitter(pause)).await;
     }
 }

@@ -228,6 +228,10 @@ impl Sim {
                 Command::Close(Endpoint::Backend(backend), _) => {
                     self.queue.push(self.world.us + MS, Event::Cut(*backend));
                 }
+                Command::HoldOff(Endpoint::Backend(backend), lasting) => {
+                    let until = self.world.us + lasting.as_micros() as u64;
+                    self.paused.insert(*backend, until);
+                }
                 other => panic!("{other:?}"),
             }
         }

@@ -293,7 +293,9 @@ impl Sim {
                         (*from, *transport, *remote, *local, *arrived, bytes),
                     ));
                 }
-                Command::Close(..) | Command::Splice(..) => panic!("{command:?}"),
+                Command::Close(..) | Command::HoldOff(..) | Command::Splice(..) => {
+                    panic!("{command:?}")
+                }
             }
         }
     }

@@ -54,6 +54,8 @@ pub enum Command {
     },
     /// Close a connection.
     Close(Endpoint, Closing),
+    /// After its link's end, leave a backend alone for so long.
+    HoldOff(Endpoint, Duration),
     /// Join a client's flow to a fresh connection to a backend and pass bytes untouched.
     /// [`crate::PeerChange::Joined`] or [`crate::PeerChange::JoinFailed`] follows, and in the end
     /// one [`crate::PeerChange::Closed`] for the flow.
@@ -217,6 +219,11 @@ impl Outbox {
     /// Closes a connection.
     pub fn close(&mut self, peer: Endpoint, how: Closing) {
         self.commands.push(Command::Close(peer, how));
+    }
+
+    /// After its link's end, leaves a backend alone for so long.
+    pub fn hold_off(&mut self, backend: Endpoint, lasting: Duration) {
+        self.commands.push(Command::HoldOff(backend, lasting));
     }
 
     /// Joins a client's flow to a backend.

@@ -43,6 +43,8 @@ pub struct BackendView<'a> {
     pub in_flight: u32,
     /// Whether its link takes requests now.
     pub is_linked: bool,
+    /// Whether its link is dead: what it was sent and has not answered is lost.
+    pub is_link_down: bool,
 }
 
 /// The core. One per worker; what is shared lies behind it, without a lock per message.
@@ -172,6 +174,12 @@ pub trait Router {
     /// Takes a place in the backend's bucket number `bucket` (0 or 1), which all workers share;
     /// whether there was one.
     fn pace(&mut self, now: Instant, backend: BackendId, bucket: usize, rate: Rate) -> bool;
+
+    /// How many backends of the pool have a link that takes requests.
+    fn linked(&self, pool: PoolId) -> usize;
+
+    /// How many connections of that identity were reported, over all workers.
+    fn peers_named(&self, listener: &str, identity: &str) -> usize;
 
     /// Tells operators of a peer; `None`: it is gone.
     fn report_peer(&mut self, listener: &str, peer: Endpoint, report: Option<PeerReport>);

@@ -15,6 +15,7 @@ pub(crate) mod result {
     pub(crate) const APPLICATION_UNSUPPORTED: u32 = 3_007;
     pub(crate) const INVALID_HDR_BITS: u32 = 3_008;
     pub(crate) const UNKNOWN_PEER: u32 = 3_010;
+    pub(crate) const ELECTION_LOST: u32 = 4_003;
     pub(crate) const MISSING_AVP: u32 = 5_005;
     pub(crate) const NO_COMMON_APPLICATION: u32 = 5_010;
     pub(crate) const INVALID_AVP_LENGTH: u32 = 5_014;

@@ -1,5 +1,8 @@
 //! Header and AVPs (RFC 6733 3, 4): views over the received bytes, every length checked.
 
+/// 3GPP among vendors (RFC 3588 and IANA's list of enterprise numbers).
+pub const VENDOR_3GPP: u32 = 10_415;
+
 /// A header's length in bytes.
 pub const HEADER_BYTES: usize = 20;
 
@@ -24,6 +27,26 @@ pub const AVP_MANDATORY: u8 = 0x40;
 #[allow(missing_docs)]
 pub mod code {
     pub const USER_NAME: u32 = 1;
+    pub const REDIRECT_HOST: u32 = 292;
+    pub const REDIRECT_HOST_USAGE: u32 = 261;
+    pub const REDIRECT_MAX_CACHE_TIME: u32 = 262;
+    pub const AUTH_SESSION_STATE: u32 = 277;
+    pub const EXPERIMENTAL_RESULT_CODE: u32 = 298;
+    pub const OC_SUPPORTED_FEATURES: u32 = 621;
+    pub const OC_FEATURE_VECTOR: u32 = 622;
+    pub const OC_OLR: u32 = 623;
+    pub const OC_SEQUENCE_NUMBER: u32 = 624;
+    pub const OC_VALIDITY_DURATION: u32 = 625;
+    pub const OC_REPORT_TYPE: u32 = 626;
+    pub const OC_REDUCTION_PERCENTAGE: u32 = 627;
+    pub const SOURCE_ID: u32 = 649;
+    pub const LOAD: u32 = 650;
+    pub const LOAD_TYPE: u32 = 651;
+    pub const LOAD_VALUE: u32 = 652;
+    /// Of vendor 10415 (TS 29.212).
+    pub const ORIGINATION_TIME_STAMP: u32 = 1_536;
+    /// Of vendor 10415 (TS 29.212).
+    pub const MAXIMUM_WAIT_TIME: u32 = 1_537;
     pub const HOST_IP_ADDRESS: u32 = 257;
     pub const AUTH_APPLICATION_ID: u32 = 258;
     pub const ACCT_APPLICATION_ID: u32 = 259;
@@ -207,6 +230,17 @@ pub struct Summary<'a> {
     pub result_code: Option<u32>,
     pub cc_request_type: Option<u32>,
     pub drmp: Option<u32>,
+    /// The code within Experimental-Result.
+    pub experimental_code: Option<u32>,
+    pub auth_session_state: Option<u32>,
+    /// Milliseconds since 1900.
+    pub origination_stamp: Option<u64>,
+    /// Milliseconds.
+    pub maximum_wait: Option<u32>,
+    /// An OC-OLR or a Load is there.
+    pub tells_load: bool,
+    /// An OC-Supported-Features is there.
+    pub tells_features: bool,
     /// Some Route-Record is there.
     pub route_recorded: bool,
     /// The first AVP that is broken.
@@ -221,11 +255,28 @@ impl<'a> Summary<'a> {
         for avp in Avps::of(message) {
             match avp {
                 Ok(avp) if avp.vendor == 0 => summary.note(&avp),
+                Ok(avp) if avp.vendor == VENDOR_3GPP => summary.note_3gpp(&avp),
                 Ok(_) => {}
                 Err(bad) => summary.broken = Some(bad),
             }
         }
         summary
+    }
+
+    /// The result, whichever way it is told.
+    #[must_use]
+    pub fn result(&self) -> Option<u32> {
+        self.result_code.or(self.experimental_code)
+    }
+
+    fn note_3gpp(&mut self, avp: &Avp<'a>) {
+        match avp.code {
+            code::ORIGINATION_TIME_STAMP => {
+                self.origination_stamp = crate::subscriber::number64(avp.data);
+            }
+            code::MAXIMUM_WAIT_TIME => self.maximum_wait = avp.number(),
+            _ => {}
+        }
     }
 
     fn note(&mut self, avp: &Avp<'a>) {
@@ -239,6 +290,14 @@ impl<'a> Summary<'a> {
             code::RESULT_CODE => return self.result_code = avp.number(),
             code::CC_REQUEST_TYPE => return self.cc_request_type = avp.number(),
             code::DRMP => return self.drmp = avp.number(),
+            code::AUTH_SESSION_STATE => return self.auth_session_state = avp.number(),
+            code::OC_OLR | code::LOAD => return self.tells_load = true,
+            code::OC_SUPPORTED_FEATURES => return self.tells_features = true,
+            code::EXPERIMENTAL_RESULT => {
+                let mut inner = Avps::within(avp.data).map_while(Result::ok);
+                let code = inner.find(|avp| avp.is(code::EXPERIMENTAL_RESULT_CODE));
+                return self.experimental_code = code.and_then(|avp| avp.number());
+            }
             _ => return,
         };
         // The first one counts.

@@ -1,19 +1,24 @@
 //! The relay of one worker: what comes in goes to peers' upkeep or on its way.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, Context, Endpoint, Engine, FlowId, Message, Outbox, PeerChange, PoolId, Refusal,
-    Route, Router, Ticket, Wheel, WorkerId,
+    BackendId, Context, Endpoint, Engine, FlowId, Message, Outbox, Outcome, PeerChange, PoolId,
+    Refusal, Route, Router, Ticket, Wheel, WorkerId,
 };
 
 use crate::Diameter;
 use crate::answer::Identity;
-use crate::options::{DiameterMatch, DiameterOptions};
+use crate::avp::{Header, Summary};
+use crate::duplicates::Duplicates;
+use crate::matching::{Matcher, Name};
+use crate::options::{AnswerTimeout, Application, DiameterOptions, Reroute};
+use crate::overload::Reports;
 use crate::peer::Peer;
-use crate::pending::Pendings;
+use crate::pending::{Pending, Pendings};
+use crate::redirect::Redirects;
 
 /// How often peers are looked after, at most.
 const UPKEEP_MIN: Duration = Duration::from_millis(20);
@@ -22,36 +27,62 @@ const UPKEEP_MAX: Duration = Duration::from_secs(1);
 /// What the configuration says.
 pub(crate) struct Settings {
     pub(crate) options: DiameterOptions,
+    pub(crate) listener: String,
     pub(crate) realm: String,
-    pub(crate) routes: Vec<(DiameterMatch, Vec<u32>, PoolId)>,
+    pub(crate) routes: Vec<(Matcher, PoolId)>,
     pub(crate) pool: Option<PoolId>,
     pub(crate) pools: Vec<PoolId>,
     pub(crate) worker: WorkerId,
     pub(crate) workers: u8,
     pub(crate) started: u32,
+    pub(crate) peers: Vec<Name>,
+    pub(crate) stateless: Vec<u32>,
+    pub(crate) creators: Vec<u32>,
+    pub(crate) followers: Vec<u32>,
+    pub(crate) answer_timeouts: Vec<Timeout>,
+    pub(crate) reroutes: Vec<(Option<u32>, u32)>,
+}
+
+/// One of `answer_timeouts`.
+pub(crate) struct Timeout {
+    pub(crate) applications: Vec<u32>,
+    pub(crate) commands: Vec<u32>,
+    pub(crate) priority: Option<u8>,
+    pub(crate) timeout: Duration,
 }
 
 impl Settings {
     fn new(context: &Context<'_, Diameter>) -> Self {
         let (options, scope) = (context.options.clone(), context.scope);
-        let numbers = |route: &DiameterMatch| {
-            route.application.iter().filter_map(crate::options::Application::number).collect()
-        };
-        let routes: Vec<_> = scope
-            .routes
-            .iter()
-            .map(|(route, pool)| (route.clone(), numbers(route), *pool))
-            .collect();
+        let routes: Vec<_> =
+            scope.routes.iter().map(|(route, pool)| (Matcher::new(route), *pool)).collect();
         let mut pools: Vec<PoolId> =
             routes.iter().map(|(.., pool)| *pool).chain(scope.pool).collect();
         pools.sort();
         pools.dedup();
+        let timeout = |entry: &AnswerTimeout| Timeout {
+            applications: numbers(&entry.application),
+            commands: entry.command.clone(),
+            priority: entry.priority,
+            timeout: entry.timeout.0,
+        };
+        let reroute = |entry: &Reroute| match entry {
+            Reroute::Code(code) => (None, *code),
+            Reroute::Of { application, code } => (application.number(), *code),
+        };
         Self {
+            listener: scope.listener.clone(),
             realm: if options.origin_realm.is_empty() {
                 scope.realm.clone()
             } else {
                 options.origin_realm.clone()
             },
+            peers: options.peers.iter().map(|peer| Name::new(peer)).collect(),
+            stateless: numbers(&options.stateless),
+            creators: numbers(&options.bindings.create),
+            followers: numbers(&options.bindings.follow),
+            answer_timeouts: options.answer_timeouts.iter().map(timeout).collect(),
+            reroutes: options.reroute_on.iter().map(reroute).collect(),
             options,
             routes,
             pool: scope.pool,
@@ -69,26 +100,22 @@ impl Settings {
     /// The pool of the first route that matches, else the listener's.
     pub(crate) fn pool_for(
         &self,
-        application: u32,
-        command: u32,
-        realm: &[u8],
-        host: &[u8],
+        header: &Header,
+        summary: &Summary<'_>,
+        bytes: &[u8],
     ) -> Option<PoolId> {
-        let is = |wanted: &Option<String>, found: &[u8]| {
-            wanted.as_ref().is_none_or(|wanted| found.eq_ignore_ascii_case(wanted.as_bytes()))
-        };
-        let matches = |(route, applications, _): &&(DiameterMatch, Vec<u32>, PoolId)| {
-            (applications.is_empty() || applications.contains(&application))
-                && (route.command.is_empty() || route.command.contains(&command))
-                && is(&route.realm, realm)
-                && is(&route.destination_host, host)
-        };
-        self.routes.iter().find(matches).map(|(.., pool)| *pool).or(self.pool)
+        let mut routes = self.routes.iter();
+        let found = routes.find(|(route, _)| route.matches(header, summary, bytes));
+        found.map(|(_, pool)| *pool).or(self.pool)
     }
 
     pub(crate) fn is_us(&self, host: &[u8]) -> bool {
         host.eq_ignore_ascii_case(self.options.origin_host.as_bytes())
     }
+}
+
+fn numbers(list: &[Application]) -> Vec<u32> {
+    list.iter().filter_map(Application::number).collect()
 }
 
 /// The relay of one worker.
@@ -103,6 +130,15 @@ pub struct DiameterEngine {
     pub(crate) end_to_end: u32,
     pub(crate) draining: bool,
     pub(crate) lower: Vec<u8>,
+    /// Requests that the router lets wait.
+    pub(crate) waiting: HashMap<Ticket, Box<Pending>>,
+    pub(crate) reports: Reports,
+    pub(crate) redirects: Redirects,
+    pub(crate) duplicates: Duplicates,
+    /// The Origin-State-Ids that backends told last, over connections.
+    pub(crate) states: HashMap<BackendId, u32>,
+    /// Backends whose connection was given up by the watchdog.
+    pub(crate) given_up: HashSet<BackendId>,
     due: Vec<u64>,
     /// Spreads watchdogs.
     pub(crate) dice: u64,
@@ -121,6 +157,12 @@ impl DiameterEngine {
             end_to_end: context.started << 20 | (context.seed as u32 & 0x000f_ffff),
             draining: false,
             lower: Vec::new(),
+            waiting: HashMap::new(),
+            reports: Reports::default(),
+            redirects: Redirects::default(),
+            duplicates: Duplicates::default(),
+            states: HashMap::new(),
+            given_up: HashSet::new(),
             due: Vec::new(),
             dice: context.seed | 1,
         }
@@ -149,7 +191,14 @@ impl DiameterEngine {
     }
 
     pub(crate) fn arm_upkeep(&mut self, now: Instant) {
-        let step = (self.settings.options.watchdog.0 / 8).clamp(UPKEEP_MIN, UPKEEP_MAX);
+        let options = &self.settings.options;
+        let stalled = options.stalled.0;
+        let shortest = if stalled.is_zero() {
+            options.watchdog.0 / 8
+        } else {
+            (stalled / 4).min(options.watchdog.0 / 8)
+        };
+        let step = shortest.clamp(UPKEEP_MIN, UPKEEP_MAX);
         self.next_upkeep.get_or_insert(now + step);
     }
 }
@@ -165,16 +214,31 @@ impl Engine for DiameterEngine {
         self.dispatch(now, &message, router, out);
     }
 
-    fn on_granted(&mut self, _: Instant, _: Ticket, _: Route, _: &mut dyn Router, _: &mut Outbox) {}
+    fn on_granted(
+        &mut self,
+        now: Instant,
+        ticket: Ticket,
+        route: Route,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        match self.waiting.remove(&ticket) {
+            Some(pending) => self.go(now, *pending, route.backend, router, out),
+            None => router.outcome(now, route.backend, Outcome::Abandoned),
+        }
+    }
 
     fn on_refused(
         &mut self,
-        _: Instant,
-        _: Ticket,
-        _: Refusal,
+        now: Instant,
+        ticket: Ticket,
+        refusal: Refusal,
         _: &mut dyn Router,
-        _: &mut Outbox,
+        out: &mut Outbox,
     ) {
+        if let Some(pending) = self.waiting.remove(&ticket) {
+            self.refuse_pending(now, *pending, refusal, out);
+        }
     }
 
     fn on_peer(
@@ -189,7 +253,9 @@ impl Engine for DiameterEngine {
             (_, PeerChange::Opened { remote, local, .. }) => {
                 self.on_opened(now, peer, remote, local, router, out)
             }
-            (Endpoint::Client(flow), PeerChange::Closed(_)) => self.on_client_gone(flow, router),
+            (Endpoint::Client(flow), PeerChange::Closed(_)) => {
+                self.on_client_gone(now, flow, router)
+            }
             (Endpoint::Backend(backend), PeerChange::Closed(_)) => {
                 self.on_backend_gone(now, backend, router, out)
             }
@@ -212,6 +278,7 @@ impl Engine for DiameterEngine {
         if self.next_upkeep.is_some_and(|at| at <= now) {
             self.next_upkeep = None;
             self.look_after_peers(now, router, out);
+            self.fail_over_from_dead(now, router, out);
             if !self.clients.is_empty() || !self.backends.is_empty() {
                 self.arm_upkeep(now);
             }
@@ -229,6 +296,6 @@ impl Engine for DiameterEngine {
     }
 
     fn in_progress(&self) -> usize {
-        self.pending.len()
+        self.pending.len() + self.waiting.len()
     }
 }

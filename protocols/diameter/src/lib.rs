@@ -8,23 +8,39 @@
 //! | [`dictionary`] | names of applications, commands and AVPs, from files |
 //! | [`decode`] | messages in words |
 //! | `peer` | CER, DWR, DPR with clients and backends |
+//! | `watchdog` | who is alive, who owes answers, goodbyes |
 //! | `pending` | requests under way, by Hop-by-Hop identifier |
-//! | `relay` | requests and answers on their way |
+//! | `relay` | what comes in: checks, and whose it is |
+//! | `onward` | requests on their way to a backend |
+//! | `clientward` | backends' own requests to clients |
+//! | `backward` | answers, and what happens when none comes |
+//! | `classify`, `matching`, `subscriber` | what a request is, and who it is about |
+//! | `overload`, `redirect`, `duplicates` | what servers tell besides |
 //! | `answer` | errors in Diameter's words |
 #![forbid(unsafe_code)]
 
 mod answer;
 pub mod avp;
+mod backward;
 pub mod build;
+mod classify;
+mod clientward;
 pub mod decode;
 pub mod dictionary;
+mod duplicates;
 mod engine;
 pub mod frame;
+mod matching;
+mod onward;
 pub mod options;
+mod overload;
 mod peer;
 mod pending;
+mod redirect;
 mod relay;
 pub mod rewrite;
+mod subscriber;
+mod watchdog;
 
 use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Transport};
 

@@ -5,14 +5,17 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, ClassId, Closing, Endpoint, FlowId, Level, Link, Note, Outbox, Router,
+    BackendId, ClassId, Closing, Endpoint, FlowId, Level, Link, Note, Outbox, PeerReport, Router,
+    Ticket,
 };
 
 use crate::SPACE;
 use crate::answer::result;
-use crate::avp::{Avps, FLAG_ERROR, FLAG_REQUEST, Header, code};
+use crate::avp::{Avps, FLAG_ERROR, FLAG_REQUEST, Header, VENDOR_3GPP, code};
 use crate::build::Builder;
 use crate::engine::DiameterEngine;
+use crate::overload::Buckets;
+use crate::watchdog::Skew;
 
 /// Command codes of the base protocol.
 pub(crate) const CAPABILITIES_EXCHANGE: u32 = 257;
@@ -20,17 +23,21 @@ pub(crate) const DEVICE_WATCHDOG: u32 = 280;
 pub(crate) const DISCONNECT_PEER: u32 = 282;
 
 /// Disconnect-Cause (RFC 6733 5.4.3).
-const REBOOTING: u32 = 0;
+pub(crate) const REBOOTING: u32 = 0;
+const BUSY: u32 = 1;
 const DO_NOT_WANT_TO_TALK_TO_YOU: u32 = 2;
 
 const RELAY: u32 = 0xffff_ffff;
-const VENDOR_3GPP: u32 = 10_415;
 
 /// How long a peer has for its CER or CEA.
-const CAPABILITIES_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const CAPABILITIES_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a peer has for its DPA.
-const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+pub(crate) const DISCONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How many times Tw a backend is left alone that said it is busy, or wants no connection.
+const BUSY_PAUSE: u32 = 2;
+const UNWANTED_PAUSE: u32 = 20;
 
 /// Where a peer stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +45,10 @@ pub(crate) enum State {
     /// Its CER or CEA is awaited.
     Introducing,
     Open,
-    /// A watchdog was not answered; nothing new is sent to it.
+    /// A watchdog was not answered, or answers are owed; nothing new is sent to it.
     Suspect,
+    /// Back after it was given up: so many watchdogs must be answered first (RFC 3539 3.4.1).
+    Reopening(u8),
     /// DPR was sent or received.
     Leaving,
 }
@@ -50,13 +59,24 @@ pub(crate) struct Peer {
     pub(crate) state: State,
     /// Its Origin-Host.
     pub(crate) host: Rc<[u8]>,
+    pub(crate) realm: Rc<[u8]>,
     capabilities: Vec<u32>,
+    remote: SocketAddr,
     local: SocketAddr,
-    since: Instant,
-    heard: Instant,
+    pub(crate) since: Instant,
+    pub(crate) heard: Instant,
+    /// The last answer to a request that was relayed.
+    pub(crate) answered: Instant,
+    /// Since when it owes answers.
+    pub(crate) owes: Option<Instant>,
+    /// It owed answers for too long: a watchdog's answer alone does not bring it back before then.
+    pub(crate) stalled_until: Option<Instant>,
+    state_id: Option<u32>,
+    pub(crate) buckets: Buckets,
+    pub(crate) skew: Skew,
     /// A DWR of ours that is not answered.
-    asked: Option<Instant>,
-    watchdog: Duration,
+    pub(crate) asked: Option<Instant>,
+    pub(crate) watchdog: Duration,
 }
 
 impl DiameterEngine {
@@ -64,7 +84,7 @@ impl DiameterEngine {
         &mut self,
         now: Instant,
         endpoint: Endpoint,
-        _remote: SocketAddr,
+        remote: SocketAddr,
         local: SocketAddr,
         router: &mut dyn Router,
         out: &mut Outbox,
@@ -72,10 +92,18 @@ impl DiameterEngine {
         let peer = Peer {
             state: State::Introducing,
             host: Rc::from(&b""[..]),
+            realm: Rc::from(&b""[..]),
             capabilities: Vec::new(),
+            remote,
             local,
             since: now,
             heard: now,
+            answered: now,
+            owes: None,
+            stalled_until: None,
+            state_id: None,
+            buckets: Buckets::default(),
+            skew: Skew::default(),
             asked: None,
             watchdog: self.jittered_watchdog(),
         };
@@ -94,9 +122,8 @@ impl DiameterEngine {
 
     /// RFC 3539 3.4.1: Tw with a jitter, so that watchdogs do not come in bursts.
     fn jittered_watchdog(&mut self) -> Duration {
-        self.dice =
-            self.dice.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
-        let share = (self.dice >> 40) as f64 / f64::from(1 << 24);
+        // Two seconds of thirty either way; of a shorter Tw the same part.
+        let share = self.roll() as f64 / f64::from(1u32 << 31);
         self.settings.options.watchdog.0.mul_f64(0.93 + 0.14 * share)
     }
 
@@ -176,9 +203,12 @@ impl DiameterEngine {
         match (header.command, header.is_request()) {
             (CAPABILITIES_EXCHANGE, true) => self.on_cer(from, bytes, header, router, out),
             (CAPABILITIES_EXCHANGE, false) => self.on_cea(now, from, bytes, router, out),
-            (DEVICE_WATCHDOG, true) => self.answer_peer(from, header, result::SUCCESS, None, out),
-            (DEVICE_WATCHDOG, false) => {}
-            (DISCONNECT_PEER, true) => self.on_dpr(now, from, header, router, out),
+            (DEVICE_WATCHDOG, true) => {
+                self.note_state(now, from, bytes, router, out);
+                self.answer_peer(from, header, result::SUCCESS, None, out);
+            }
+            (DEVICE_WATCHDOG, false) => self.on_dwa(now, from, bytes, router, out),
+            (DISCONNECT_PEER, true) => self.on_dpr(now, from, bytes, header, router, out),
             (DISCONNECT_PEER, false) => out.close(from, Closing::Flushed),
             _ => return false,
         }
@@ -186,16 +216,97 @@ impl DiameterEngine {
     }
 
     /// Notes that a peer is alive (RFC 3539: any message is as good as a DWA).
-    pub(crate) fn heard(&mut self, now: Instant, from: Endpoint, router: &mut dyn Router) {
+    pub(crate) fn heard(
+        &mut self,
+        now: Instant,
+        from: Endpoint,
+        header: &Header,
+        router: &mut dyn Router,
+    ) {
         let Some(peer) = self.peer(from) else { return };
         peer.heard = now;
         peer.asked = None;
-        if peer.state == State::Suspect
-            && let Endpoint::Backend(backend) = from
-        {
-            peer.state = State::Open;
+        if header.application != 0 && !header.is_request() {
+            peer.answered = now;
+            peer.stalled_until = None;
+        }
+        if peer.state == State::Suspect && peer.stalled_until.is_none() {
+            self.open(now, from, router);
+        }
+    }
+
+    /// The peer takes requests from now on.
+    pub(crate) fn open(&mut self, now: Instant, endpoint: Endpoint, router: &mut dyn Router) {
+        let Some(peer) = self.peer(endpoint) else { return };
+        peer.state = State::Open;
+        (peer.owes, peer.stalled_until) = (None, None);
+        if let Endpoint::Backend(backend) = endpoint {
             let (host, capabilities) = (Rc::clone(&peer.host), peer.capabilities.clone());
             router.link(now, backend, Link::Up { identity: &host, capabilities: &capabilities });
+        }
+        self.report(endpoint, router);
+    }
+
+    /// Tells operators of the peer as it is now.
+    pub(crate) fn report(&mut self, endpoint: Endpoint, router: &mut dyn Router) {
+        let Some(peer) = self.peer(endpoint) else { return };
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let report = PeerReport {
+            identity: text(&peer.host),
+            realm: text(&peer.realm),
+            address: peer.remote.to_string(),
+            state: match peer.state {
+                State::Introducing => "introducing",
+                State::Open => "open",
+                State::Suspect => "suspect",
+                State::Reopening(_) => "reopening",
+                State::Leaving => "leaving",
+            },
+            capabilities: peer.capabilities.clone(),
+            state_id: peer.state_id,
+        };
+        router.report_peer(&self.settings.listener, endpoint, Some(report));
+    }
+
+    /// RFC 3539: after a failure three watchdogs must be answered before the peer is used again.
+    fn on_dwa(
+        &mut self,
+        now: Instant,
+        from: Endpoint,
+        bytes: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        self.note_state(now, from, bytes, router, out);
+        let Some(peer) = self.peer(from) else { return };
+        match peer.state {
+            State::Reopening(left) if left <= 1 => self.open(now, from, router),
+            State::Reopening(left) => peer.state = State::Reopening(left - 1),
+            _ => {}
+        }
+    }
+
+    /// RFC 6733 8.16: an Origin-State-Id that grew tells that the sessions before it are lost. It is
+    /// kept over connections; one that shrank is taken as a clock that was set back.
+    fn note_state(
+        &mut self,
+        now: Instant,
+        from: Endpoint,
+        bytes: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let told = Avps::of(bytes).map_while(Result::ok).find(|avp| avp.is(code::ORIGIN_STATE_ID));
+        let Some(told) = told.and_then(|avp| avp.number()).filter(|&told| told != 0) else {
+            return;
+        };
+        if let Some(peer) = self.peer(from) {
+            peer.state_id = Some(told);
+        }
+        let Endpoint::Backend(backend) = from else { return };
+        if self.states.insert(backend, told).is_some_and(|known| told > known) {
+            router.restarted(now, backend);
+            out.note(Note::Count("diameter_peer_restarted"));
         }
     }
 
@@ -254,11 +365,20 @@ impl DiameterEngine {
                 out,
             );
         }
-        let peers = &self.settings.options.peers;
-        if !peers.is_empty()
-            && !peers.iter().any(|peer| told.host.eq_ignore_ascii_case(peer.as_bytes()))
-        {
+        let peers = &self.settings.peers;
+        if !peers.is_empty() && !peers.iter().any(|peer| peer.matches(told.host)) {
             return refuse(self, result::UNKNOWN_PEER, "this peer is not among those allowed", out);
+        }
+        let identity = String::from_utf8_lossy(told.host);
+        let connections = router.peers_named(&self.settings.listener, &identity);
+        let again = self.clients.get(&flow).is_some_and(|peer| peer.state == State::Open);
+        if !again && connections >= self.settings.options.peer_connections as usize {
+            let text = "this peer has as many connections as it may";
+            return refuse(self, result::ELECTION_LOST, text, out);
+        }
+        let open: usize = self.settings.pools.iter().map(|&pool| router.linked(pool)).sum();
+        if open < self.settings.options.wait_for_backends as usize {
+            return refuse(self, result::TOO_BUSY, "too few servers are open yet", out);
         }
         let ours = self.applications(router);
         let common = ours.contains(&RELAY)
@@ -269,7 +389,11 @@ impl DiameterEngine {
         let Some(peer) = self.clients.get_mut(&flow) else { return };
         peer.state = State::Open;
         peer.host = Rc::from(told.host);
+        peer.realm = Rc::from(told.realm);
+        peer.state_id = told.state_id;
+        peer.capabilities.clone_from(&told.applications);
         let local = peer.local;
+        self.report(from, router);
         self.name(flow, told.host, true, router);
         out.send(from, ClassId::CONTROL, |bytes| {
             let builder = Builder::new(
@@ -324,21 +448,44 @@ impl DiameterEngine {
             });
             return out.close(from, Closing::Flushed);
         }
-        peer.state = State::Open;
+        /// RFC 3539 3.4.1: the third DWA brings it back.
+        const WATCHDOGS_TO_REOPEN: u8 = 3;
         peer.host = Rc::from(told.host);
+        peer.realm = Rc::from(told.realm);
         peer.capabilities = told.applications;
-        let (host, capabilities) = (Rc::clone(&peer.host), peer.capabilities.clone());
-        router.link(now, backend, Link::Up { identity: &host, capabilities: &capabilities });
+        self.note_state(now, from, bytes, router, out);
+        if self.given_up.remove(&backend) {
+            if let Some(peer) = self.peer(from) {
+                peer.state = State::Reopening(WATCHDOGS_TO_REOPEN);
+            }
+            self.report(from, router);
+            return self.ask(now, from, out);
+        }
+        self.open(now, from, router);
     }
 
     fn on_dpr(
         &mut self,
         now: Instant,
         from: Endpoint,
+        bytes: &[u8],
         header: &Header,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        let mut avps = Avps::of(bytes).map_while(Result::ok);
+        let cause = avps.find(|avp| avp.is(code::DISCONNECT_CAUSE)).and_then(|avp| avp.number());
+        let (watchdog, backend) = (self.settings.options.watchdog.0, from);
+        if let Endpoint::Backend(_) = backend {
+            // RFC 6733 5.4.3 only forbids to come back at once; how long is ours to say.
+            match cause {
+                Some(BUSY) => out.hold_off(backend, watchdog * BUSY_PAUSE),
+                Some(DO_NOT_WANT_TO_TALK_TO_YOU) => {
+                    out.hold_off(backend, watchdog * UNWANTED_PAUSE);
+                }
+                _ => {}
+            }
+        }
         self.answer_peer(from, header, result::SUCCESS, None, out);
         if let Some(peer) = self.peer(from) {
             peer.state = State::Leaving;
@@ -349,9 +496,10 @@ impl DiameterEngine {
             Endpoint::Backend(backend) => router.link(now, backend, Link::Suspect),
             from => out.close(from, Closing::Flushed),
         }
+        self.report(from, router);
     }
 
-    fn disconnect(&mut self, now: Instant, to: Endpoint, cause: u32, out: &mut Outbox) {
+    pub(crate) fn disconnect(&mut self, now: Instant, to: Endpoint, cause: u32, out: &mut Outbox) {
         let end_to_end = self.next_end_to_end();
         if let Some(peer) = self.peer(to) {
             peer.state = State::Leaving;
@@ -378,9 +526,28 @@ impl DiameterEngine {
         self.disconnect(now, Endpoint::Backend(backend), DO_NOT_WANT_TO_TALK_TO_YOU, out);
     }
 
-    pub(crate) fn on_client_gone(&mut self, flow: FlowId, router: &mut dyn Router) {
+    pub(crate) fn on_client_gone(&mut self, now: Instant, flow: FlowId, router: &mut dyn Router) {
+        let gone = Endpoint::Client(flow);
+        router.report_peer(&self.settings.listener, gone, None);
+        let given_up: Vec<Ticket> = self
+            .waiting
+            .iter()
+            .filter_map(|(&ticket, pending)| (pending.origin == gone).then_some(ticket))
+            .collect();
+        for ticket in given_up {
+            router.withdraw(now, ticket);
+            if let Some(pending) = self.waiting.remove(&ticket) {
+                self.pending.recycle(pending.request);
+            }
+        }
         if let Some(peer) = self.clients.remove(&flow) {
             self.name(flow, &peer.host, false, router);
+            // Another connection of the same peer takes its requests from now on.
+            let mut others = self.clients.iter();
+            let other = others.find(|(_, other)| other.host.eq_ignore_ascii_case(&peer.host));
+            if let Some(other) = other.map(|(&flow, _)| flow) {
+                self.name(other, &peer.host, true, router);
+            }
         }
     }
 
@@ -391,96 +558,11 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        self.backends.remove(&backend);
+        if self.backends.remove(&backend).is_some() {
+            let peer = Endpoint::Backend(backend);
+            router.report_peer(&self.settings.listener, peer, None);
+        }
         self.fail_over_from(now, Endpoint::Backend(backend), router, out);
-    }
-
-    /// Watchdogs, time-outs, goodbyes.
-    pub(crate) fn look_after_peers(
-        &mut self,
-        now: Instant,
-        router: &mut dyn Router,
-        out: &mut Outbox,
-    ) {
-        let clients: Vec<Endpoint> =
-            self.clients.keys().map(|&flow| Endpoint::Client(flow)).collect();
-        let backends: Vec<Endpoint> =
-            self.backends.keys().map(|&backend| Endpoint::Backend(backend)).collect();
-        for endpoint in clients.into_iter().chain(backends) {
-            self.look_after(now, endpoint, router, out);
-        }
-    }
-
-    fn look_after(
-        &mut self,
-        now: Instant,
-        endpoint: Endpoint,
-        router: &mut dyn Router,
-        out: &mut Outbox,
-    ) {
-        let leave =
-            self.draining && matches!(endpoint, Endpoint::Client(_)) && self.is_idle(endpoint);
-        let Some(peer) = self.peer(endpoint) else { return };
-        let (age, silent, watchdog) = (
-            now.saturating_duration_since(peer.since),
-            now.saturating_duration_since(peer.heard),
-            peer.watchdog,
-        );
-        match peer.state {
-            State::Introducing if age > CAPABILITIES_TIMEOUT => out.close(endpoint, Closing::Reset),
-            State::Leaving if age > DISCONNECT_TIMEOUT => out.close(endpoint, Closing::Flushed),
-            State::Introducing | State::Leaving => {}
-            State::Open if leave => self.disconnect(now, endpoint, REBOOTING, out),
-            State::Open => match peer.asked {
-                None if silent >= watchdog => self.ask(now, endpoint, out),
-                Some(asked) if now.saturating_duration_since(asked) >= watchdog => {
-                    self.suspect(now, endpoint, router, out)
-                }
-                _ => {}
-            },
-            State::Suspect if silent >= watchdog * 4 => out.close(endpoint, Closing::Reset),
-            State::Suspect => {}
-        }
-    }
-
-    fn is_idle(&self, client: Endpoint) -> bool {
-        self.pending.find(|pending| pending.origin == client).is_empty()
-    }
-
-    fn ask(&mut self, now: Instant, endpoint: Endpoint, out: &mut Outbox) {
-        let end_to_end = self.next_end_to_end();
-        if let Some(peer) = self.peer(endpoint) {
-            peer.asked = Some(now);
-        }
-        let (identity, started) = (self.settings.identity(), self.settings.started);
-        out.send(endpoint, ClassId::CONTROL, |bytes| {
-            Builder::new(bytes, FLAG_REQUEST, DEVICE_WATCHDOG, 0, end_to_end, end_to_end)
-                .text(code::ORIGIN_HOST, identity.host)
-                .text(code::ORIGIN_REALM, identity.realm)
-                .number(code::ORIGIN_STATE_ID, started)
-                .finish();
-        });
-    }
-
-    /// RFC 3539 3.4.1: what waits for it goes elsewhere.
-    fn suspect(
-        &mut self,
-        now: Instant,
-        endpoint: Endpoint,
-        router: &mut dyn Router,
-        out: &mut Outbox,
-    ) {
-        let Endpoint::Backend(backend) = endpoint else {
-            return out.close(endpoint, Closing::Reset);
-        };
-        if let Some(peer) = self.peer(endpoint) {
-            peer.state = State::Suspect;
-        }
-        router.link(now, backend, Link::Suspect);
-        out.event(Level::Warn, "diameter_watchdog_unanswered", || {
-            router.backend(backend).map(|view| view.name.to_owned()).unwrap_or_default()
-        });
-        self.fail_over_from(now, endpoint, router, out);
     }
 }
 
@@ -489,6 +571,7 @@ struct Told<'a> {
     host: &'a [u8],
     realm: &'a [u8],
     result: Option<u32>,
+    state_id: Option<u32>,
     applications: Vec<u32>,
 }
 
@@ -496,12 +579,14 @@ impl<'a> Told<'a> {
     fn read(bytes: &'a [u8]) -> Self {
         /// A CER of a node that does everything names about thirty.
         const APPLICATIONS_MAX: usize = 256;
-        let mut told = Self { host: b"", realm: b"", result: None, applications: Vec::new() };
+        let mut told =
+            Self { host: b"", realm: b"", result: None, state_id: None, applications: Vec::new() };
         for avp in Avps::of(bytes).map_while(Result::ok).filter(|avp| avp.vendor == 0) {
             match avp.code {
                 code::ORIGIN_HOST => told.host = avp.data,
                 code::ORIGIN_REALM => told.realm = avp.data,
                 code::RESULT_CODE => told.result = avp.number(),
+                code::ORIGIN_STATE_ID => told.state_id = avp.number(),
                 code::AUTH_APPLICATION_ID | code::ACCT_APPLICATION_ID => {
                     told.applications.extend(avp.number())
                 }

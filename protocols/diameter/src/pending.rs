@@ -26,17 +26,30 @@ pub(crate) struct Pending {
     /// Who asked, and its own identifier.
     pub(crate) origin: Endpoint,
     pub(crate) hop_by_hop: u32,
+    pub(crate) end_to_end: u32,
     /// Who was asked.
     pub(crate) to: Endpoint,
     /// The backend that the router awaits an outcome of.
     pub(crate) backend: Option<BackendId>,
     pub(crate) pool: Option<PoolId>,
+    /// The session, if it is to be remembered.
     pub(crate) session: Option<SessionKey>,
+    /// What it is placed by.
+    pub(crate) place: SessionKey,
     pub(crate) ends_session: bool,
     pub(crate) in_session: bool,
     /// The client named its server: nobody else will do.
     pub(crate) fixed: bool,
+    /// Its session binds its subscriber.
+    pub(crate) binds: bool,
+    /// It was led by its subscriber's binding.
+    pub(crate) follows: bool,
+    /// An earlier copy may have been processed: T goes with it (RFC 6733 3).
+    pub(crate) resent: bool,
+    /// How often it was redirected.
+    pub(crate) redirects: u8,
     pub(crate) application: u32,
+    pub(crate) command: u32,
     pub(crate) class: ClassId,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Instant,
@@ -136,6 +149,11 @@ impl Pendings {
             buffer.clear();
             self.buffers.push(buffer);
         }
+    }
+
+    /// Looks at each.
+    pub(crate) fn each(&self, look: impl FnMut(&Pending)) {
+        self.slots.iter().filter_map(|(_, pending)| pending.as_ref()).for_each(look);
     }
 
     /// The identifiers of those for whom `wanted` holds.

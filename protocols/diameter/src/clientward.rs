@@ -1,0 +1,77 @@
+//! Backends' own requests (RAR, ASR, CLR): they go to the client that they name.
+
+use std::time::Instant;
+
+use strowger_contract::{BackendId, Endpoint, Outbox, RequestOutcome, Router};
+
+use crate::SPACE;
+use crate::answer::result;
+use crate::engine::DiameterEngine;
+use crate::onward::place_of;
+use crate::pending::{Pending, TRIES_MAX};
+use crate::relay::Asked;
+use crate::rewrite;
+
+impl DiameterEngine {
+    pub(crate) fn towards_client(
+        &mut self,
+        now: Instant,
+        asked: &Asked<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let (message, header, summary, class) =
+            (asked.message, asked.header, &asked.summary, asked.class);
+        let host = summary.destination_host.unwrap_or_default();
+        self.lower.clear();
+        self.lower.extend(host.iter().map(u8::to_ascii_lowercase));
+        let flow = router.named_flow(router.keyer().session(SPACE + 1, &self.lower));
+        let Some(flow) = flow.filter(|_| !host.is_empty()) else {
+            let what =
+                (result::UNABLE_TO_DELIVER, "no client of that Destination-Host is connected");
+            return self.refuse_early(now, message, class, what, None, out);
+        };
+        let timeout = self.settings.answer_timeout(header, summary);
+        let pending = Pending {
+            origin: message.from,
+            hop_by_hop: header.hop_by_hop,
+            end_to_end: header.end_to_end,
+            to: Endpoint::Client(flow),
+            backend: None,
+            pool: None,
+            session: None,
+            place: place_of(summary, router),
+            ends_session: false,
+            in_session: true,
+            fixed: true,
+            binds: false,
+            follows: false,
+            resent: false,
+            redirects: 0,
+            application: header.application,
+            command: header.command,
+            class,
+            arrived: message.arrived,
+            deadline: message.arrived + router.class(class).deadline.unwrap_or(timeout),
+            expires: now + timeout,
+            sent: now,
+            tried: [BackendId(0); TRIES_MAX],
+            tries: 0,
+            request: self.pending.buffer(message.bytes),
+        };
+        let (expires, limit) = (pending.expires, self.settings.options.max_pending);
+        let from = self.identity_of(message.from).unwrap_or_default();
+        match self.pending.insert(pending, limit) {
+            Err(pending) => {
+                let what = (result::TOO_BUSY, "too many requests are under way");
+                self.give_up(now, *pending, what, RequestOutcome::Rejected, router, out);
+            }
+            Ok(identifier) => {
+                out.send(Endpoint::Client(flow), class, |bytes| {
+                    rewrite::request(message.bytes, identifier, false, &from, bytes);
+                });
+                self.schedule(now, expires, identifier);
+            }
+        }
+    }
+}

@@ -119,7 +119,8 @@ pub trait Protocol: Send + Sync + 'static {
     /// The names of its active health checks (`sip-options`).
     const PROBES: &'static [&'static str];
 
-    /// What a pool's `session.key` may be for it; the first is the default.
+    /// What a pool's `session.key` may be for it; the first is the default. One that ends in a
+    /// colon takes a name behind it (`header:X-Tenant`).
     const SESSION_KEYS: &'static [&'static str];
 
     /// What a pool's `bind_keys` may name; empty if the protocol knows no subscribers.

@@ -1,6 +1,7 @@
 //! Our Via branch: which worker, transaction and try a response belongs to, and a signature.
 //!
-//! `z9hG4bKsw` + worker (2 hex digits) + slot (8) + generation (8) + try (2) + kind + token (20).
+//! `z9hG4bKsw` + worker (2 hex digits) + slot (8) + generation (8) + try (2) + loop (8) + kind +
+//! token (20). The loop part is a hash of all that the request is routed by (RFC 5393).
 //! The token is signed for the Call-ID and the numbers, so nobody can make the edge forward a
 //! response that it did not ask for, and a response is still forwarded after a restart.
 
@@ -8,7 +9,7 @@ use strowger_contract::token::TOKEN_BYTES;
 use strowger_contract::{Pin, Router, WorkerId};
 
 const PREFIX: &[u8] = b"z9hG4bKsw";
-const DIGITS: usize = 20;
+const DIGITS: usize = 28;
 
 /// How long a branch of ours is, in bytes.
 pub const BRANCH_BYTES: usize = PREFIX.len() + DIGITS + 1 + TOKEN_BYTES;
@@ -24,6 +25,8 @@ pub struct Branch {
     pub generation: u32,
     /// Which try.
     pub attempt: u8,
+    /// What the request was routed by.
+    pub loop_hash: u32,
     /// No transaction is kept.
     pub stateless: bool,
     /// The instance that the request went to; `None` if it went to no backend.
@@ -38,6 +41,7 @@ impl Branch {
         hex(self.slot, 8, out);
         hex(self.generation, 8, out);
         hex(u32::from(self.attempt), 2, out);
+        hex(self.loop_hash, 8, out);
         out.push(if self.stateless { b'l' } else { b't' });
         let token = router.seal(
             self.pin.unwrap_or(Pin(0)),
@@ -66,6 +70,7 @@ impl Branch {
             slot: number(2, 10)?,
             generation: number(10, 18)?,
             attempt: number(18, 20)? as u8,
+            loop_hash: number(20, 28)?,
             stateless,
             pin: None,
         };

@@ -8,11 +8,14 @@ use strowger_contract::{
     Router, Ticket, Transport, Wheel, WorkerId,
 };
 
+use crate::calls::Calls;
+use crate::guard::Guard;
 use crate::local::Local;
-use crate::options::{Mode, SipMatch, SipOptions};
+use crate::options::{Matched, Mode, SipMatch, SipOptions};
+use crate::pace::Pace;
+use crate::place::Large;
 use crate::scan::{Scan, Start};
 use crate::transaction::Transactions;
-use crate::uri::Uri;
 use crate::{Sip, responses};
 
 /// What the configuration says.
@@ -38,14 +41,14 @@ impl Settings {
     }
 
     /// The pool that a request falls to: of the first route that matches, else the listener's.
-    pub(crate) fn pool_for(
-        &self,
-        method: &[u8],
-        uri: Option<&Uri<'_>>,
-        transport: &str,
-    ) -> Option<PoolId> {
-        let matching = self.routes.iter().find(|(route, _)| route.matches(method, uri, transport));
+    pub(crate) fn pool_for(&self, request: &Matched<'_>) -> Option<PoolId> {
+        let matching = self.routes.iter().find(|(route, _)| route.matches(request));
         matching.map(|(_, pool)| *pool).or(self.pool)
+    }
+
+    /// Whether the listener's messages may go to a pool.
+    pub(crate) fn has_pool(&self, pool: PoolId) -> bool {
+        self.pool == Some(pool) || self.routes.iter().any(|(_, known)| *known == pool)
     }
 
     pub(crate) fn is_stateless(&self) -> bool {
@@ -76,6 +79,12 @@ pub struct SipEngine {
     /// For a second message that is looked at beside the first.
     pub(crate) other_scan: Scan,
     pub(crate) scratch: Vec<u8>,
+    pub(crate) edit_scan: Scan,
+    pub(crate) edited: Vec<u8>,
+    pub(crate) pace: Pace,
+    pub(crate) large: Large,
+    pub(crate) calls: Calls,
+    pub(crate) guard: Guard,
     due: Vec<u64>,
 }
 
@@ -90,6 +99,12 @@ impl SipEngine {
             scan: Scan::default(),
             other_scan: Scan::default(),
             scratch: Vec::new(),
+            edit_scan: Scan::default(),
+            edited: Vec::new(),
+            pace: Pace::default(),
+            large: Large::default(),
+            calls: Calls::new(context.worker, context.seed),
+            guard: Guard::default(),
             due: Vec::new(),
         }
     }
@@ -108,7 +123,11 @@ impl SipEngine {
         }
         transaction.wakes_at = Some(next);
         let key = u64::from(slot) << 32 | u64::from(transaction.generation);
-        self.wheel.get_or_insert_with(|| Wheel::new(now)).insert(next, key);
+        self.wheel_insert(now, next, key);
+    }
+
+    pub(crate) fn wheel_insert(&mut self, now: Instant, at: Instant, key: u64) {
+        self.wheel.get_or_insert_with(|| Wheel::new(now)).insert(at, key);
     }
 }
 
@@ -134,16 +153,26 @@ impl Engine for SipEngine {
         self.scan = scan;
     }
 
-    fn on_granted(&mut self, _: Instant, _: Ticket, _: Route, _: &mut dyn Router, _: &mut Outbox) {}
+    fn on_granted(
+        &mut self,
+        now: Instant,
+        ticket: Ticket,
+        route: Route,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        self.granted(now, ticket, route, router, out);
+    }
 
     fn on_refused(
         &mut self,
-        _: Instant,
-        _: Ticket,
-        _: Refusal,
+        now: Instant,
+        ticket: Ticket,
+        refusal: Refusal,
         _: &mut dyn Router,
-        _: &mut Outbox,
+        out: &mut Outbox,
     ) {
+        self.denied(now, ticket, refusal, out);
     }
 
     fn on_peer(
@@ -156,8 +185,11 @@ impl Engine for SipEngine {
     ) {
         match change {
             PeerChange::Closed(cause) => {
-                for slot in self.transactions.waiting_on(peer) {
-                    self.on_lost(now, slot, cause, router, out);
+                if !self.guard.may_look(now, peer, router) {
+                    return;
+                }
+                for (slot, attempt) in self.transactions.waiting_on(peer) {
+                    self.on_lost(now, slot, attempt, cause, router, out);
                 }
             }
             PeerChange::Retired => out.close(peer, Closing::Flushed),
@@ -171,6 +203,10 @@ impl Engine for SipEngine {
             wheel.advance(now, |key| due.push(key));
         }
         for key in due.drain(..) {
+            if key & crate::calls::CALL_KEY != 0 {
+                self.on_call_due(now, key, out);
+                continue;
+            }
             self.on_wake(now, (key >> 32) as u32, key as u32, router, out);
         }
         self.due = due;

@@ -5,26 +5,44 @@
 //! | [`scan`], [`uri`], [`via`] | where things are in a message |
 //! | [`frame`] | cuts streams |
 //! | [`branch`] | our signed Via branch |
-//! | `write` | a message as we send it on: all bytes but those that a proxy must change |
-//! | `respond` | answers of our own |
+//! | `incoming` | a request, checked and named |
+//! | `guard`, `limit`, `access` | who is let in, and how much is taken of whom |
 //! | `target` | where a request goes: Route, token, pool |
-//! | `transaction` | what is under way |
-//! | `engine`, `requests`, `responses`, `timers` | the proxy |
+//! | `place`, `send`, `write`, `rules` | choosing the next hop; the request as it goes there |
+//! | `pace` | how long an instance may be silent, and what retries may cost |
+//! | `transaction` | what is under way: one request, its legs |
+//! | `engine`, `requests`, `responses`, `answers`, `finish`, `timers` | the proxy |
+//! | `stateless` | sending on without remembering |
+//! | `calls` | slots and records of calls |
+//! | `respond` | answers of our own |
 //! | `probe` | OPTIONS as a health check |
 //! | `trace` | which messages belong to a traced call |
 #![forbid(unsafe_code)]
 
+pub mod access;
+mod answers;
 pub mod branch;
+mod calls;
 mod classify;
 mod engine;
+mod finish;
 pub mod frame;
+mod guard;
+mod incoming;
+pub mod limit;
 mod local;
+mod method;
 pub mod options;
+mod pace;
+mod place;
 mod probe;
 mod requests;
 mod respond;
 mod responses;
+pub mod rules;
 pub mod scan;
+mod send;
+mod stateless;
 mod target;
 mod timers;
 mod trace;
@@ -51,7 +69,17 @@ impl Protocol for Sip {
     const TRANSPORTS: &'static [Transport] = &[Transport::Udp, Transport::Tcp];
     const LINKS: Links = Links::PerWorker;
     const PROBES: &'static [&'static str] = &["sip-options"];
-    const SESSION_KEYS: &'static [&'static str] = &["call-id", "from", "to", "request-user"];
+    const SESSION_KEYS: &'static [&'static str] = &[
+        "call-id",
+        "from",
+        "to",
+        "ruri-user",
+        "request-user",
+        "auth-user",
+        "source",
+        "header:",
+        "uri-param:",
+    ];
 
     type Options = SipOptions;
     type Match = SipMatch;

@@ -72,6 +72,11 @@ impl Local {
         self.find(Transport::Udp, ipv6)
     }
 
+    /// Whether something of that kind is bound.
+    pub(crate) fn has(&self, transport: Transport) -> bool {
+        self.sockets.iter().any(|place| place.transport == transport)
+    }
+
     /// The socket that names us to peers reached by `transport`: a listening one of that kind and
     /// family, else any.
     pub(crate) fn facing(&self, transport: Transport, ipv6: bool) -> u16 {

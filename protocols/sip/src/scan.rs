@@ -63,6 +63,15 @@ pub enum Name {
     ProxyRequire,
     ResourcePriority,
     RetryAfter,
+    MaxBreadth,
+    Expires,
+    SessionExpires,
+    UserAgent,
+    Supported,
+    Authorization,
+    ProxyAuthorization,
+    WwwAuthenticate,
+    ProxyAuthenticate,
     Other,
 }
 
@@ -236,6 +245,36 @@ impl Scan {
     }
 }
 
+/// All header lines of a scanned message, those that a proxy does not look at included: the name
+/// without space at its end, the whole with its line end, and the value.
+pub(crate) fn lines<'a>(
+    message: &'a [u8],
+    scan: &Scan,
+) -> impl Iterator<Item = (&'a [u8], Span, &'a [u8])> {
+    let (mut at, end) = (scan.headers_at, scan.body_at);
+    std::iter::from_fn(move || {
+        let (line, mut next) = line_at(message, at)?;
+        if at >= end || line.from() == line.to() {
+            return None;
+        }
+        let mut last = line.to();
+        while matches!(message.get(next), Some(b' ' | b'\t')) {
+            let Some((fold, after)) = line_at(message, next) else { break };
+            (last, next) = (fold.to(), after);
+        }
+        let whole = Span::new(at, next);
+        let text = &message[at..last];
+        let colon = memchr(b':', text)?;
+        at = next;
+        Some((text[..colon].trim_ascii_end(), whole, text[colon + 1..].trim_ascii()))
+    })
+}
+
+/// The value of the first header of a name given at run time (both its forms must be asked for).
+pub(crate) fn find<'a>(message: &'a [u8], scan: &Scan, name: &[u8]) -> Option<&'a [u8]> {
+    lines(message, scan).find(|(known, ..)| known.eq_ignore_ascii_case(name)).map(|found| found.2)
+}
+
 /// The line at `at` without its end, and where the next begins.
 fn line_at(message: &[u8], at: usize) -> Option<(Span, usize)> {
     let feed = at + memchr(b'\n', message.get(at..)?)?;
@@ -309,6 +348,8 @@ fn name_of(name: &[u8]) -> Name {
         (1, b'i') => Name::CallId,
         (1, b'm') => Name::Contact,
         (1, b'l') => Name::ContentLength,
+        (1, b'x') => Name::SessionExpires,
+        (1, b'k') => Name::Supported,
         (2, b't') if is(b"To") => Name::To,
         (3, b'v') if is(b"Via") => Name::Via,
         (4, b'f') if is(b"From") => Name::From,
@@ -316,12 +357,21 @@ fn name_of(name: &[u8]) -> Name {
         (5, b'r') if is(b"Route") => Name::Route,
         (7, b'c') if is(b"Call-ID") => Name::CallId,
         (7, b'c') if is(b"Contact") => Name::Contact,
+        (7, b'e') if is(b"Expires") => Name::Expires,
+        (9, b's') if is(b"Supported") => Name::Supported,
+        (10, b'u') if is(b"User-Agent") => Name::UserAgent,
+        (11, b'm') if is(b"Max-Breadth") => Name::MaxBreadth,
         (11, b'r') if is(b"Retry-After") => Name::RetryAfter,
         (12, b'm') if is(b"Max-Forwards") => Name::MaxForwards,
         (12, b'r') if is(b"Record-Route") => Name::RecordRoute,
         (13, b'p') if is(b"Proxy-Require") => Name::ProxyRequire,
+        (13, b'a') if is(b"Authorization") => Name::Authorization,
         (14, b'c') if is(b"Content-Length") => Name::ContentLength,
+        (15, b's') if is(b"Session-Expires") => Name::SessionExpires,
+        (16, b'w') if is(b"WWW-Authenticate") => Name::WwwAuthenticate,
         (17, b'r') if is(b"Resource-Priority") => Name::ResourcePriority,
+        (18, b'p') if is(b"Proxy-Authenticate") => Name::ProxyAuthenticate,
+        (19, b'p') if is(b"Proxy-Authorization") => Name::ProxyAuthorization,
         _ => Name::Other,
     }
 }

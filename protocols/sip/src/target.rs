@@ -3,9 +3,10 @@
 
 use std::net::SocketAddr;
 
-use strowger_contract::{Endpoint, Message, Pin, PoolId, Router, Transport, stable_hash};
+use strowger_contract::{Endpoint, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash};
 
 use crate::engine::Settings;
+use crate::options::Matched;
 use crate::scan::{Name, Scan};
 use crate::uri::{Uri, tag};
 use crate::write::{all_values, route_uri};
@@ -22,6 +23,10 @@ pub(crate) struct Target<'a> {
     pub(crate) add_route: Option<&'a [u8]>,
     /// For the Record-Route token: whether the dialog was begun by a backend.
     pub(crate) begun_by_backend: bool,
+    /// Whether this request comes from an instance, or from its side of a dialog.
+    pub(crate) from_backend: bool,
+    /// The worker that keeps the call's record, as our Record-Route said.
+    pub(crate) keeper: Option<WorkerId>,
 }
 
 /// The next hop.
@@ -69,6 +74,8 @@ pub(crate) fn target<'a>(
         drop_last_route: false,
         add_route: None,
         begun_by_backend: false,
+        from_backend: false,
+        keeper: None,
     };
     let mut token = None;
     // 16.4: a strict router before us put our Record-Route into the Request-URI.
@@ -89,6 +96,7 @@ pub(crate) fn target<'a>(
         let parsed = uri.and_then(Uri::parse);
         if let Some(route) = parsed.filter(ours) {
             token = token.or(route.user);
+            target.keeper = target.keeper.or_else(|| keeper(&route));
             target.pop_routes += 1;
         } else {
             next = uri;
@@ -102,8 +110,14 @@ pub(crate) fn target<'a>(
         None => source.is_some(),
     };
     let in_dialog = scan.value(bytes, Name::To).and_then(tag).is_some();
-    let chosen =
-        settings.pool_for(method, Uri::parse(request_uri).as_ref(), message.transport.scheme());
+    let chosen = settings.pool_for(&Matched {
+        message: bytes,
+        scan,
+        method,
+        uri: request_uri,
+        transport: message.transport.scheme(),
+        source: message.remote.ip(),
+    });
     if let Some(side) = &side
         && side.to_backend
     {
@@ -116,7 +130,20 @@ pub(crate) fn target<'a>(
         return target;
     }
     let from_backend = side.is_some() || source.is_some();
+    target.from_backend = from_backend;
     if !from_backend {
+        // RFC 3608: a Service-Route names the instance that serves the user.
+        let served = next
+            .and_then(Uri::parse)
+            .and_then(|uri| uri.address())
+            .and_then(|address| router.backend_at(address))
+            .and_then(|backend| router.backend(backend))
+            .filter(|view| settings.has_pool(view.pool));
+        if let Some(view) = served {
+            let (pool, pin) = (view.pool, Some(view.pin));
+            target.hop = Hop::Backend { pool, pin, in_session: in_dialog };
+            return target;
+        }
         target.hop = match chosen {
             Some(pool) => Hop::Backend { pool, pin: None, in_session: in_dialog },
             None => Hop::Nowhere(404, "No Route For This Request"),
@@ -160,6 +187,12 @@ fn towards_address<'a>(
         Some(_) => Hop::Nowhere(500, "Transport Of The Next Hop Not Supported"),
         None => Hop::Nowhere(500, "Next Hop Is A Host Name"),
     };
+}
+
+/// The worker that our Record-Route names.
+fn keeper(route: &Uri<'_>) -> Option<WorkerId> {
+    let text = route.parameter(b"sw").flatten()?;
+    u8::from_str_radix(std::str::from_utf8(text).ok()?, 16).ok().map(WorkerId)
 }
 
 fn is_token_like(user: &[u8]) -> bool {

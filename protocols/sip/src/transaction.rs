@@ -1,4 +1,5 @@
-//! What is under way: one entry serves both sides of a request (RFC 3261 17, 16.2).
+//! What is under way: one entry serves both sides of a request (RFC 3261 17, 16.2), and has a leg for
+//! each place that the request was sent to.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -6,14 +7,22 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use slab::Slab;
-use strowger_contract::{BackendId, ClassId, Endpoint, PoolId, SessionKey, Transport};
+use strowger_contract::{
+    BackendId, CallRecord, ClassId, Endpoint, Pin, PoolId, SessionKey, Ticket, Transport,
+};
 
-/// How many instances one request may be tried at.
-pub(crate) const TRIES_MAX: usize = 4;
+use crate::method::Method;
 
-/// Buffers that are kept for reuse, and the largest that is: 2,048 x 2 kB at rest.
-const BUFFERS_KEPT: usize = 2_048;
+/// How many legs one request may have in all: forks, fail-overs, redirections. With it, a request
+/// that comes in once goes out at most so many times, each repeated by RFC 3261's timers only.
+pub(crate) const LEGS_MAX: usize = 12;
+
+/// Buffers that are kept for reuse, and the largest that is: 4,096 x 2 kB at rest.
+const BUFFERS_KEPT: usize = 4_096;
 const BUFFER_KEPT_BYTES: usize = 16 << 10;
+
+/// Leg lists that are kept for reuse.
+const LISTS_KEPT: usize = 1_024;
 
 /// Where a transaction stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,66 +37,139 @@ pub(crate) enum State {
     Confirmed,
 }
 
-/// Whether the client has cancelled.
+/// Where a leg stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LegState {
+    /// Nothing was heard.
+    Calling,
+    /// It gave a sign of life.
+    Proceeding,
+    /// It gave a final answer, was lost, or its time ran out.
+    Ended,
+}
+
+/// Whether a leg is to be cancelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cancel {
     No,
-    /// It has, but the instance has not yet said anything, so it cannot be told (9.1).
+    /// It is, but it has not yet said anything, so it cannot be told (9.1).
     Wanted,
     Sent,
 }
 
-/// The request at one instance.
-#[derive(Clone, Copy, Debug)]
+/// The request at one place.
 pub(crate) struct Leg {
     pub(crate) backend: Option<BackendId>,
+    pub(crate) pin: Option<Pin>,
     pub(crate) to: Endpoint,
+    pub(crate) address: SocketAddr,
     pub(crate) sent_at: Instant,
     /// The router awaits an outcome.
     pub(crate) owed: bool,
-    /// It gave a sign of life.
-    pub(crate) provisional: bool,
+    pub(crate) state: LegState,
+    /// Given up: another took its place. A 2xx still counts, a refusal no more.
+    pub(crate) abandoned: bool,
+    /// It gave a final answer.
+    pub(crate) answered: bool,
+    /// It gave a provisional answer over 100: somebody may hear it ring.
+    pub(crate) rang: bool,
+    /// It went over a stream only for its size (RFC 3261 18.1.1).
+    pub(crate) upgraded: bool,
+    pub(crate) cancel: Cancel,
+    /// The request as it was sent.
+    pub(crate) sent: Vec<u8>,
+    /// Timers A, E, and E of our CANCEL.
+    pub(crate) repeat_at: Option<Instant>,
+    pub(crate) repeat_after: Duration,
+    /// It must have given a sign of life by then.
+    pub(crate) failover_at: Option<Instant>,
+    /// Timers B, F, C.
+    pub(crate) expires_at: Option<Instant>,
+}
+
+impl Leg {
+    /// Whether its answer is still waited for.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.state != LegState::Ended && !self.abandoned
+    }
+
+    pub(crate) fn is_datagram(&self) -> bool {
+        matches!(self.to, Endpoint::Datagram { .. })
+    }
+
+    fn next_wake(&self) -> Option<Instant> {
+        [self.repeat_at, self.failover_at, self.expires_at].into_iter().flatten().min()
+    }
+
+    /// No timer any more.
+    pub(crate) fn rest(&mut self) {
+        (self.repeat_at, self.failover_at, self.expires_at) = (None, None, None);
+    }
+}
+
+/// The best final answer so far (RFC 3261 16.7 step 6), as it will go to the client.
+#[derive(Default)]
+pub(crate) struct Best {
+    pub(crate) code: u16,
+    pub(crate) backend: Option<BackendId>,
+    /// Empty: the answer is one of our own.
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) reason: &'static str,
 }
 
 /// A transaction.
 pub(crate) struct Transaction {
     pub(crate) generation: u32,
     pub(crate) key: u64,
-    pub(crate) invite: bool,
-    pub(crate) bye: bool,
+    pub(crate) method: Method,
     pub(crate) state: State,
-    pub(crate) cancel: Cancel,
+    /// The client has cancelled.
+    pub(crate) cancelled: bool,
     /// Where answers go, and whether repeating them is the transport's business.
     pub(crate) client: Endpoint,
     pub(crate) client_reliable: bool,
     pub(crate) transport: Transport,
     pub(crate) source: SocketAddr,
     pub(crate) local: SocketAddr,
+    pub(crate) from_backend: bool,
     pub(crate) class: ClassId,
     pub(crate) arrived: Instant,
     pub(crate) deadline: Instant,
+    /// What the table knows its session by, and what it is placed by.
     pub(crate) session: SessionKey,
     pub(crate) call_id: u64,
     pub(crate) pool: Option<PoolId>,
+    /// An initial INVITE, that makes a dialog of its session.
     pub(crate) creates_dialog: bool,
-    pub(crate) attempt: u8,
-    pub(crate) tried: [BackendId; TRIES_MAX],
+    pub(crate) legs: Vec<Leg>,
+    pub(crate) tried: [BackendId; LEGS_MAX],
     pub(crate) tries: u8,
-    pub(crate) leg: Option<Leg>,
+    /// Fail-overs so far.
+    pub(crate) retries: u8,
+    /// Instances that may yet be tried in turn because the answers were no good (serial forking).
+    pub(crate) forks_left: u8,
+    /// RFC 5393: what is left of Max-Breadth.
+    pub(crate) breadth: u32,
+    /// Where 3xx answers say to ask next; rare, so it may allocate.
+    pub(crate) contacts: Vec<Box<[u8]>>,
+    pub(crate) redirected: u8,
+    pub(crate) best: Best,
+    /// It waits in the router's queue.
+    pub(crate) ticket: Option<Ticket>,
     /// From arrival to the first sign of life passed on.
     pub(crate) first_answer: Option<Duration>,
+    /// From arrival to the first provisional answer over 100.
+    pub(crate) ringing: Option<Duration>,
+    /// The backend that answered.
+    pub(crate) answered_by: Option<BackendId>,
     pub(crate) noted: bool,
-    /// The request as it came, as it was last sent on, and the last answer.
+    pub(crate) record: Option<Box<CallRecord>>,
+    /// The request as it came, and the last answer.
     pub(crate) request: Vec<u8>,
-    pub(crate) sent: Vec<u8>,
     pub(crate) reply: Vec<u8>,
-    /// Timers A, E (towards the instance) or G (towards the client).
+    /// Timer G (towards the client).
     pub(crate) repeat_at: Option<Instant>,
     pub(crate) repeat_after: Duration,
-    /// The instance must have given a sign of life by then.
-    pub(crate) failover_at: Option<Instant>,
-    /// Timers B, F, C.
-    pub(crate) expires_at: Option<Instant>,
     /// Timers D, H, I, J, K, L, M: the end.
     pub(crate) ends_at: Option<Instant>,
     /// When the wheel will look at it.
@@ -97,17 +179,17 @@ pub(crate) struct Transaction {
 impl Transaction {
     /// When something is next due.
     pub(crate) fn next_wake(&self) -> Option<Instant> {
-        [self.repeat_at, self.failover_at, self.expires_at, self.ends_at]
-            .into_iter()
-            .flatten()
-            .min()
+        let own = [self.repeat_at, self.ends_at].into_iter().flatten().min();
+        self.legs.iter().filter_map(Leg::next_wake).chain(own).min()
     }
 
-    /// Whether our CANCEL is out and the instance has not yet ended the INVITE.
-    pub(crate) fn is_cancelling(&self) -> bool {
-        self.invite
-            && self.cancel == Cancel::Sent
-            && matches!(self.state, State::Open | State::Accepted)
+    pub(crate) fn is_invite(&self) -> bool {
+        self.method == Method::Invite
+    }
+
+    /// Whether some leg's answer is still waited for.
+    pub(crate) fn is_pending(&self) -> bool {
+        self.legs.iter().any(Leg::is_pending)
     }
 
     /// Notes another try.
@@ -116,6 +198,11 @@ impl Transaction {
             *place = backend;
             self.tries += 1;
         }
+    }
+
+    /// The leg that has the branch's try number.
+    pub(crate) fn leg(&mut self, attempt: u8) -> Option<&mut Leg> {
+        self.legs.get_mut(usize::from(attempt).checked_sub(1)?)
     }
 }
 
@@ -139,12 +226,17 @@ impl Hasher for Plain {
     }
 }
 
+/// A map by keyed hashes.
+pub(crate) type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<Plain>>;
+
 /// All transactions of one engine.
 #[derive(Default)]
 pub(crate) struct Transactions {
     slab: Slab<Transaction>,
-    keys: HashMap<u64, u32, BuildHasherDefault<Plain>>,
+    keys: KeyMap<u32>,
+    tickets: KeyMap<(u32, u32)>,
     buffers: Vec<Vec<u8>>,
+    lists: Vec<Vec<Leg>>,
     generation: u32,
 }
 
@@ -160,7 +252,12 @@ impl Transactions {
         buffer
     }
 
-    fn give_back(&mut self, mut buffer: Vec<u8>) {
+    /// An empty list of legs.
+    pub(crate) fn list(&mut self) -> Vec<Leg> {
+        self.lists.pop().unwrap_or_else(|| Vec::with_capacity(1))
+    }
+
+    pub(crate) fn give_back(&mut self, mut buffer: Vec<u8>) {
         if buffer.capacity() > 0
             && buffer.capacity() <= BUFFER_KEPT_BYTES
             && self.buffers.len() < BUFFERS_KEPT
@@ -192,6 +289,24 @@ impl Transactions {
         self.keys.get(&key).copied()
     }
 
+    /// Notes that a transaction waits.
+    pub(crate) fn wait(&mut self, slot: u32, ticket: Ticket, longest: Instant) {
+        let Some(transaction) = self.get(slot) else { return };
+        transaction.ticket = Some(ticket);
+        // The router lets go of every ticket; should it ever not, this does.
+        transaction.ends_at = Some(longest);
+        let generation = transaction.generation;
+        self.tickets.insert(ticket.0, (slot, generation));
+    }
+
+    /// The transaction that waited with that ticket; it waits no more.
+    pub(crate) fn waited(&mut self, ticket: Ticket) -> Option<u32> {
+        let (slot, generation) = self.tickets.remove(&ticket.0)?;
+        let transaction = self.current(slot, generation)?;
+        (transaction.ticket, transaction.ends_at) = (None, None);
+        Some(slot)
+    }
+
     pub(crate) fn get(&mut self, slot: u32) -> Option<&mut Transaction> {
         self.slab.get_mut(slot as usize)
     }
@@ -203,24 +318,34 @@ impl Transactions {
 
     /// Takes a transaction out; its buffers are reused.
     pub(crate) fn remove(&mut self, slot: u32) {
-        let Some(transaction) = self.slab.try_remove(slot as usize) else { return };
+        let Some(mut transaction) = self.slab.try_remove(slot as usize) else { return };
         if self.keys.get(&transaction.key) == Some(&slot) {
             self.keys.remove(&transaction.key);
         }
-        for buffer in [transaction.request, transaction.sent, transaction.reply] {
+        if let Some(ticket) = transaction.ticket {
+            self.tickets.remove(&ticket.0);
+        }
+        for buffer in [transaction.request, transaction.reply, transaction.best.bytes] {
             self.give_back(buffer);
+        }
+        for leg in transaction.legs.drain(..) {
+            self.give_back(leg.sent);
+        }
+        if self.lists.len() < LISTS_KEPT {
+            self.lists.push(transaction.legs);
         }
     }
 
-    /// The slots whose open request is at `peer`.
-    pub(crate) fn waiting_on(&self, peer: Endpoint) -> Vec<u32> {
-        let waits = |transaction: &Transaction| {
-            transaction.state == State::Open && transaction.leg.is_some_and(|leg| leg.to == peer)
-        };
-        self.slab
-            .iter()
-            .filter(|(_, transaction)| waits(transaction))
-            .map(|(slot, _)| slot as u32)
-            .collect()
+    /// The legs, by slot and try number, that await an answer from `peer`.
+    pub(crate) fn waiting_on(&self, peer: Endpoint) -> Vec<(u32, u8)> {
+        let mut found = Vec::new();
+        for (slot, transaction) in &self.slab {
+            for (index, leg) in transaction.legs.iter().enumerate() {
+                if leg.to == peer && leg.state != LegState::Ended {
+                    found.push((slot as u32, index as u8 + 1));
+                }
+            }
+        }
+        found
     }
 }

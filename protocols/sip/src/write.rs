@@ -3,9 +3,9 @@
 use std::io::Write;
 use std::net::SocketAddr;
 
-use strowger_contract::{Router, Token, Transport};
+use strowger_contract::{Router, Token, Transport, WorkerId};
 
-use crate::branch::{Branch, decimal};
+use crate::branch::{Branch, decimal, hex};
 use crate::local::via_word;
 use crate::scan::{Header, Name, Scan, Span, Start};
 use crate::uri::{name_addr, parameter};
@@ -36,6 +36,10 @@ pub(crate) struct Forward<'a> {
     pub(crate) drop_last_route: bool,
     /// A Route value to add at the end: the Request-URI that a strict router displaced.
     pub(crate) add_route: Option<&'a [u8]>,
+    /// RFC 5393: what this branch may fork on.
+    pub(crate) breadth: Option<u32>,
+    /// The worker that keeps the call's record: in-dialog requests come to it.
+    pub(crate) worker: Option<WorkerId>,
 }
 
 impl Forward<'_> {
@@ -51,8 +55,13 @@ impl Forward<'_> {
         out.extend_from_slice(b"\r\n");
         if let Some(token) = self.record_route {
             for (transport, text) in self.sides.iter().flatten() {
-                record_route(&token, *transport, text, out);
+                record_route(&token, *transport, text, self.worker, out);
             }
+        }
+        if let Some(breadth) = self.breadth {
+            out.extend_from_slice(b"Max-Breadth: ");
+            decimal(u64::from(breadth), out);
+            out.extend_from_slice(b"\r\n");
         }
         self.headers(out);
     }
@@ -91,6 +100,10 @@ impl Forward<'_> {
                         out,
                     );
                     copied = header.value.to();
+                }
+                Name::MaxBreadth if self.breadth.is_some() => {
+                    copy(self.message, copied, header.line.from(), out);
+                    copied = header.line.to();
                 }
                 Name::Route => {
                     let count = values(header.value.of(self.message)).count();
@@ -147,7 +160,13 @@ impl Forward<'_> {
     }
 }
 
-fn record_route(token: &Token, transport: Transport, text: &[u8], out: &mut Vec<u8>) {
+fn record_route(
+    token: &Token,
+    transport: Transport,
+    text: &[u8],
+    worker: Option<WorkerId>,
+    out: &mut Vec<u8>,
+) {
     out.extend_from_slice(b"Record-Route: <sip:");
     out.extend_from_slice(token);
     out.push(b'@');
@@ -155,6 +174,10 @@ fn record_route(token: &Token, transport: Transport, text: &[u8], out: &mut Vec<
     if transport != Transport::Udp {
         out.extend_from_slice(b";transport=");
         out.extend_from_slice(transport.scheme().as_bytes());
+    }
+    if let Some(worker) = worker {
+        out.extend_from_slice(b";sw=");
+        hex(u32::from(worker.0), 2, out);
     }
     out.extend_from_slice(b";lr>\r\n");
 }

@@ -241,7 +241,13 @@ impl<'a> Listeners<'a> {
             reader.wrong_in(&pool.file, pool.at(path), &format!("pools.{name}.{path}"), message);
         };
         let keys = protocol.session_keys();
-        if !pool.spec.session_key.is_empty() && !keys.contains(&pool.spec.session_key.as_str()) {
+        let key = pool.spec.session_key.as_str();
+        // One that ends in a colon takes a name behind it.
+        let is_key = |known: &&str| {
+            *known == key
+                || known.ends_with(':') && key.starts_with(*known) && key.len() > known.len()
+        };
+        if !key.is_empty() && !keys.iter().any(is_key) {
             let what = format!("{} session key", protocol.name());
             wrong("session.key", unknown(&what, &pool.spec.session_key, keys.iter().copied()));
         }

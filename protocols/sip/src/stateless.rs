@@ -1,0 +1,120 @@
+//! Sending on without remembering: stateless listeners, and ACK (RFC 3261 16.11).
+
+use std::time::Instant;
+
+use strowger_contract::{ClassId, Note, Outbox, Query, RequestOutcome, Router, Verdict};
+
+use crate::branch::Branch;
+use crate::engine::SipEngine;
+use crate::incoming::{Incoming, loop_hash, session_key};
+use crate::method::Method;
+use crate::place::NextHop;
+use crate::respond::Answer;
+use crate::send::{Origin, forward};
+use crate::target::{Hop, Target};
+
+impl SipEngine {
+    /// RFC 3261 16.11: sent on without remembering anything.
+    pub(crate) fn forward_stateless(
+        &mut self,
+        now: Instant,
+        incoming: &Incoming<'_>,
+        target: &Target<'_>,
+        class: ClassId,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let message = &incoming.message;
+        let one_way = incoming.method == Method::Ack;
+        let hop = match target.hop {
+            Hop::Backend { pool, pin, in_session } => {
+                let session = session_key(message, incoming.scan, incoming.uri, Some(pool), router);
+                let deadline = router
+                    .class(class)
+                    .deadline
+                    .map_or(now, |promised| message.arrived + promised)
+                    .max(now);
+                let in_session =
+                    in_session || matches!(incoming.method, Method::Ack | Method::Cancel);
+                let query = Query {
+                    pool,
+                    session,
+                    pin,
+                    in_session,
+                    awaits: false,
+                    class,
+                    deadline,
+                    capability: 0,
+                    exclude: &[],
+                };
+                match router.route(now, &query) {
+                    Verdict::Go(route) => NextHop::of(&route),
+                    Verdict::Wait(ticket) => {
+                        router.withdraw(now, ticket);
+                        return out.drop_message("no_answer_awaited");
+                    }
+                    Verdict::Refuse(_) if one_way => {
+                        return out.drop_message("ack_without_backend");
+                    }
+                    Verdict::Refuse(refusal) => {
+                        out.note(Note::Refused(class, refusal));
+                        return self.refuse(now, incoming, class, &self.answer_for(refusal), out);
+                    }
+                }
+            }
+            Hop::Address { transport, address, pin } => {
+                NextHop { backend: None, pin, transport, address }
+            }
+            Hop::Nowhere(..) if one_way => return out.drop_message("ack_to_nowhere"),
+            Hop::Nowhere(code, reason) => {
+                return self.refuse(now, incoming, class, &Answer::new(code, reason), out);
+            }
+        };
+        let Some(to) = hop.endpoint(&self.settings) else { return out.drop_message("no_socket") };
+        // The same for each retransmission, and for an INVITE's CANCEL and ACK (16.11).
+        let (slot, generation) = ((incoming.key >> 32) as u32, incoming.key as u32);
+        let branch = Branch {
+            worker: self.settings.worker,
+            slot,
+            generation,
+            attempt: 0,
+            loop_hash: loop_hash(message.bytes, incoming.scan, incoming.uri, incoming.call_id),
+            stateless: true,
+            pin: hop.pin.filter(|_| hop.backend.is_some()),
+        };
+        let origin = Origin {
+            source: message.remote,
+            transport: message.transport,
+            local: message.local,
+            method: incoming.method,
+            from_backend: target.from_backend,
+        };
+        let mut sent = std::mem::take(&mut self.scratch);
+        sent.clear();
+        forward(
+            &self.settings,
+            message.bytes,
+            incoming.scan,
+            target,
+            &hop,
+            branch,
+            &origin,
+            incoming.call_id,
+            None,
+            router,
+            &mut sent,
+        );
+        self.edit(&mut sent, &origin, hop.backend.is_some(), router);
+        out.send(to, class, |bytes| bytes.extend_from_slice(&sent));
+        self.scratch = sent;
+        if !one_way && self.settings.is_stateless() {
+            out.note(Note::Request {
+                class,
+                outcome: RequestOutcome::Met,
+                backend: hop.backend,
+                total: now.saturating_duration_since(message.arrived),
+                at_backend: std::time::Duration::ZERO,
+            });
+        }
+    }
+}

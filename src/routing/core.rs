@@ -1,7 +1,6 @@
 //! The core: what all workers share, and what turns a wanted state into the next snapshot.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,22 +11,19 @@ use strowger_contract::{
 };
 
 use super::bindings::BindingTable;
+use super::changes::{Changes, Identity, present};
 use super::events::{CoreEvent, Happening, Plan};
 use super::flows::FlowNames;
 use super::live::{BackendLive, LiveChange};
 use super::names::PoolNames;
 use super::peers::Peers;
 use super::router::CoreRouter;
-use super::snapshot::{Backend, Pool, PoolLive, Snapshot};
+use super::snapshot::{Backend, Pool, Snapshot};
 use super::spec::{BackendSpec, PoolSpec, SnapshotSpec};
 use super::table::{Learned, SessionTable};
 
 /// Events that wait for [`Core::tick`], at most; more are counted and dropped.
 const EVENTS_MAX: usize = 10_000;
-
-/// Identities of backends that are gone and still remembered, so that one that comes back finds
-/// its counters and sessions.
-const REMEMBERED_MAX: usize = 100_000;
 
 /// 4,096-slot parts of the session table that one tick sweeps.
 const SWEEP_CHUNKS: usize = 64;
@@ -67,28 +63,6 @@ pub struct Core {
     events: Mutex<Vec<CoreEvent>>,
     events_lost: AtomicU32,
     lives: ArcSwap<HashMap<BackendId, Arc<BackendLive>>>,
-}
-
-/// What is behind the snapshots; touched by the control side only.
-#[derive(Debug, Default)]
-struct Changes {
-    epoch: u64,
-    wanted: SnapshotSpec,
-    known: HashMap<Identity, Known>,
-    pool_lives: HashMap<String, Arc<PoolLive>>,
-    next_backend: u32,
-    applied_before: bool,
-}
-
-type Identity = (String, String, u64);
-
-#[derive(Debug)]
-struct Known {
-    id: BackendId,
-    live: Arc<BackendLive>,
-    /// The last thing that was wanted of it, and since when nothing is any more.
-    spec: BackendSpec,
-    left: Option<u64>,
 }
 
 /// The named backend does not exist.
@@ -548,119 +522,6 @@ impl Core {
     pub(super) fn forget(&self, now: Instant, session: SessionKey) {
         self.table.remove(session.keyed, seconds(self.clock(now)));
     }
-}
-
-impl Changes {
-    /// Takes in what is wanted: new identities get a number, old ones that came back are restored.
-    fn note_wanted(&mut self, now: u64) {
-        let joined = if self.applied_before { now } else { 0 };
-        let mut wanted: HashSet<Identity> = HashSet::new();
-        for pool in &self.wanted.pools {
-            for backend in &pool.backends {
-                let identity = (pool.name.clone(), backend.id.clone(), backend.generation);
-                let next = &mut self.next_backend;
-                let known = self.known.entry(identity.clone()).or_insert_with(|| {
-                    *next += 1;
-                    Known {
-                        id: BackendId(*next),
-                        live: Arc::new(BackendLive::new(joined)),
-                        spec: backend.clone(),
-                        left: None,
-                    }
-                });
-                known.spec = backend.clone();
-                let left = known.left.take();
-                if left.is_some() {
-                    known.live.set_superseded(false);
-                }
-                if left == Some(FORGOTTEN) {
-                    // Its debounce was over: it joins as a new one does.
-                    known.live.rejoin(joined);
-                }
-                wanted.insert(identity);
-            }
-        }
-        for (identity, known) in &mut self.known {
-            if known.left.is_none() && !wanted.contains(identity) {
-                known.left = Some(now);
-            }
-        }
-        self.supersede();
-    }
-
-    /// An address that another instance now has: the old one's sessions are dead, and none of them
-    /// may reach the newcomer.
-    fn supersede(&self) {
-        let mut holders: HashMap<_, Vec<(&str, u64)>> = HashMap::new();
-        for ((_, id, generation), known) in
-            self.known.iter().filter(|(_, known)| known.left.is_none())
-        {
-            let place = (known.spec.transport, known.spec.address);
-            holders.entry(place).or_default().push((id, *generation));
-        }
-        for ((_, id, generation), known) in
-            self.known.iter().filter(|(_, known)| known.left.is_some())
-        {
-            // The same instance in another pool is no other instance.
-            let others = holders.get(&(known.spec.transport, known.spec.address));
-            if others.is_some_and(|others| others.iter().any(|&it| it != (id, *generation))) {
-                known.live.set_superseded(true);
-            }
-        }
-    }
-
-    fn superseded(&self) -> HashMap<BackendId, SocketAddr> {
-        let lost = self.known.values().filter(|known| known.live.is_superseded());
-        lost.map(|known| (known.id, known.spec.address)).collect()
-    }
-
-    /// Those that are no longer wanted and not yet forgotten, by pool.
-    fn leaving_by_pool(&self) -> HashMap<String, Vec<BackendSpec>> {
-        let mut leaving: HashMap<String, Vec<BackendSpec>> = HashMap::new();
-        let debounce: HashMap<&str, Duration> =
-            self.wanted.pools.iter().map(|pool| (pool.name.as_str(), pool.debounce)).collect();
-        for ((pool, ..), known) in &self.known {
-            let waits = known.left.is_some_and(|left| left != FORGOTTEN) && !known.live.is_gone();
-            if waits && debounce.get(pool.as_str()).is_some_and(|debounce| !debounce.is_zero()) {
-                leaving.entry(pool.clone()).or_default().push(known.spec.clone());
-            }
-        }
-        for backends in leaving.values_mut() {
-            backends.sort_by(|one, two| one.id.cmp(&two.id));
-        }
-        leaving
-    }
-
-    /// Forgets those whose debounce is over; whether there were any.
-    fn forget_left(&mut self, now: u64) -> bool {
-        let debounce: HashMap<&str, u64> = self
-            .wanted
-            .pools
-            .iter()
-            .map(|pool| (pool.name.as_str(), pool.debounce.as_millis() as u64))
-            .collect();
-        let mut any = false;
-        for ((pool, ..), known) in &mut self.known {
-            let wait = debounce.get(pool.as_str()).copied().unwrap_or(0);
-            if known.left.is_some_and(|left| left != FORGOTTEN && now >= left.saturating_add(wait))
-            {
-                known.left = Some(FORGOTTEN);
-                known.live.undrain();
-                any = true;
-            }
-        }
-        if self.known.len() > REMEMBERED_MAX {
-            self.known.retain(|_, known| known.left.is_none());
-        }
-        any
-    }
-}
-
-/// Left, waited out, and no longer in the snapshot.
-const FORGOTTEN: u64 = u64::MAX;
-
-fn present(known: &HashMap<Identity, Known>) -> impl Iterator<Item = &Identity> {
-    known.iter().filter(|(_, known)| known.left.is_none()).map(|(identity, _)| identity)
 }
 
 fn names<'a>(identities: impl Iterator<Item = &'a Identity>) -> Vec<(String, String)> {

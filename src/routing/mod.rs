@@ -6,6 +6,7 @@
 //! | `snapshot` | one immutable picture of it |
 //! | `live` | what is known of a backend from moment to moment |
 //! | `core` | all that workers share; from a wanted state to the next snapshot |
+//! | `changes` | what is wanted, known and leaving |
 //! | `router` | the decision |
 //! | `balance` | the published formulas |
 //! | `table` | sessions without a token |
@@ -17,6 +18,7 @@
 
 mod balance;
 mod bindings;
+mod changes;
 mod core;
 mod events;
 mod flows;

@@ -128,6 +128,16 @@ impl Core {
         now.saturating_duration_since(self.start)
     }
 
+    /// Microseconds of the core's clock.
+    pub(super) fn clock_us(&self, now: Instant) -> u64 {
+        u64::try_from(now.saturating_duration_since(self.start).as_micros()).unwrap_or(u64::MAX)
+    }
+
+    /// The reverse.
+    pub(super) fn instant(&self, clock_us: u64) -> Instant {
+        self.start + Duration::from_micros(clock_us)
+    }
+
     pub(super) fn seed(&self) -> u64 {
         self.settings.seed
     }
@@ -199,6 +209,10 @@ impl Core {
         } else {
             self.events_lost.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    pub(super) fn tell_pool(&self, pool: &Pool, happening: Happening) {
+        self.tell(CoreEvent::of(&pool.spec.name, None, happening));
     }
 
     pub(super) fn tell_of(&self, backend: &Backend, happening: Happening) {
@@ -297,8 +311,9 @@ impl Core {
             }
             let live = changes.pool_lives.entry(spec.name.clone()).or_default();
             let slim = PoolSpec { backends: Vec::new(), ..spec.clone() };
-            let pool = Pool::new(id, slim, backends, Arc::clone(live));
+            let pool = Pool::new(id, slim, backends, Arc::clone(live), &snapshot.classes);
             pool.review_panic(now);
+            pool.review_slots(now);
             let place = id.0 as usize;
             if snapshot.pools.len() <= place {
                 snapshot.pools.resize(place + 1, None);
@@ -323,6 +338,12 @@ impl Core {
             for backend in pool.backends() {
                 self.review(clock, backend);
             }
+            for backend in pool.backends() {
+                backend.live.review_limit(pool.spec.qos.adaptive);
+            }
+            pool.review_slots(clock);
+            pool.live.qos.review(clock);
+            self.serve_pool(now, pool);
             if let Some(on) = pool.review_panic(clock) {
                 self.tell(CoreEvent::of(
                     &snapshot_name(pool, self),
@@ -369,6 +390,7 @@ impl Core {
             Some(LiveChange::Up) => {
                 backend.live.rejoin(self.clock(now));
                 self.tell_of(backend, Happening::BackendUp);
+                self.serve_pool(now, pool);
             }
             Some(LiveChange::Down) => self.tell_of(backend, Happening::BackendDown { detail }),
             None => {}
@@ -404,9 +426,10 @@ impl Core {
     /// There is no such pool or instance.
     pub fn undrain(&self, now: Instant, pool: &str, id: &str) -> Result<(), NotFound> {
         let snapshot = self.snapshot.load();
-        let (_, backend) = find(&snapshot, pool, id)?;
+        let (pool, backend) = find(&snapshot, pool, id)?;
         backend.live.undrain();
         backend.live.rejoin(self.clock(now));
+        self.serve_pool(now, pool);
         self.tell_of(backend, Happening::DrainCancelled);
         Ok(())
     }
@@ -415,6 +438,13 @@ impl Core {
     pub fn set_congested(&self, backend: BackendId, congested: bool) {
         if let Some(backend) = self.snapshot.load().backend(backend) {
             backend.live.set_congested(congested);
+        }
+    }
+
+    /// What an instance says that it can have in flight, by its agent's heartbeat; `None`: nothing.
+    pub fn set_reported_slots(&self, backend: BackendId, slots: Option<u32>) {
+        if let Some(backend) = self.snapshot.load().backend(backend) {
+            backend.live.set_reported(slots.unwrap_or(0));
         }
     }
 
@@ -435,6 +465,15 @@ impl Core {
         backend.live.end(1);
         let faults = backend.live.judge(outcome);
         let Some(pool) = snapshot.pool(backend.pool) else { return };
+        let times = match outcome {
+            Outcome::Answered { latency } => Some((latency, latency)),
+            Outcome::Ended { latency, held } => Some((latency, held)),
+            _ => None,
+        };
+        if let Some((latency, held)) = times {
+            pool.live.qos.answers.note(latency);
+            pool.live.qos.holds.note(held);
+        }
         let limit = pool.spec.health.outlier_faults;
         if limit > 0 && faults >= limit && outcome.is_backend_fault() {
             self.eject(self.clock(now), pool, backend);
@@ -468,6 +507,9 @@ impl Core {
                     backend.live.rejoin(self.clock(now));
                 }
                 self.tell_of(backend, Happening::BackendUp);
+                if let Some(pool) = snapshot.pool(backend.pool) {
+                    self.serve_pool(now, pool);
+                }
             }
             Some(LiveChange::Down) => {
                 let detail = match link {

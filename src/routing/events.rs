@@ -71,6 +71,24 @@ pub enum Happening {
         /// What it still held.
         sessions_left: u64,
     },
+    /// A request was refused for want of slots. A few each second are told one by one.
+    RequestRefused {
+        /// Its class.
+        class: String,
+        /// `enqueue` or `dequeue`.
+        stage: &'static str,
+        /// Why.
+        why: &'static str,
+        /// The wait that was predicted; at `dequeue` the wait that it was. Milliseconds.
+        wait_ms: u64,
+        /// Its budget, in milliseconds.
+        budget_ms: u64,
+    },
+    /// A bound was hit for the first time.
+    BoundHit {
+        /// The option or constant.
+        bound: &'static str,
+    },
     /// Too few of the pool are well, or enough again.
     PoolPanic {
         /// Whether load is spread over all.
@@ -98,6 +116,8 @@ impl CoreEvent {
             Happening::DrainCancelled => "drain_cancelled",
             Happening::DrainEnded { .. } => "drain_ended",
             Happening::PoolPanic { .. } => "pool_panic",
+            Happening::RequestRefused { .. } => "request_refused",
+            Happening::BoundHit { .. } => "bound_hit",
         }
     }
 
@@ -110,6 +130,7 @@ impl CoreEvent {
                 | Happening::BackendEjected { .. }
                 | Happening::BackendRestarted { .. }
                 | Happening::PoolPanic { on: true }
+                | Happening::BoundHit { .. }
         )
     }
 }

@@ -2,10 +2,14 @@
 //! over by the backend's identity. All of it is atomics; no message takes a lock here.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst,
+};
 use std::time::Duration;
 
 use strowger_contract::{Link, Outcome, Rate};
+
+use super::qos::AdaptiveLimit;
 
 /// How many capabilities of one backend are remembered. A CER of a 3GPP node names about ten
 /// applications.
@@ -35,6 +39,13 @@ pub struct BackendLive {
     link: AtomicU8,
     congested: AtomicBool,
     in_flight: AtomicU32,
+    /// The most since the last look.
+    most_in_flight: AtomicU32,
+    reported: AtomicU32,
+    adaptive: AtomicU32,
+    sampled: AtomicU64,
+    sampled_us: AtomicU64,
+    gradient: Mutex<AdaptiveLimit>,
     latency_us: AtomicU64,
     faults: AtomicU32,
     ejected_until: AtomicU64,
@@ -231,15 +242,66 @@ impl BackendLive {
 
     /// A request goes out.
     pub(super) fn begin(&self) {
-        self.in_flight.fetch_add(1, Relaxed);
+        self.in_flight.fetch_add(1, SeqCst);
         self.requests.fetch_add(1, Relaxed);
+    }
+
+    /// Takes a slot if fewer than `limit` are taken (`held` of them by sessions).
+    pub(super) fn try_begin(&self, limit: Option<u32>, held: u32) -> bool {
+        let Some(limit) = limit else {
+            self.in_flight.fetch_add(1, SeqCst);
+            return true;
+        };
+        let taken = self.in_flight.fetch_update(SeqCst, Relaxed, |known| {
+            (known.saturating_add(held) < limit).then(|| known.saturating_add(1))
+        });
+        if let Ok(before) = taken
+            && before >= self.most_in_flight.load(Relaxed)
+        {
+            self.most_in_flight.store(before + 1, Relaxed);
+        }
+        taken.is_ok()
+    }
+
+    /// A request goes out on a slot that was taken.
+    pub(super) fn count_request(&self) {
+        self.requests.fetch_add(1, Relaxed);
+    }
+
+    /// A slot was taken for nothing.
+    pub(super) fn give_back(&self) {
+        self.end(1);
+    }
+
+    /// What the agent says that it can have in flight; 0: nothing was said.
+    pub(super) fn set_reported(&self, slots: u32) {
+        self.reported.store(slots, Relaxed);
+    }
+
+    /// The slots that it has by the agent's word and by the adaptive limit.
+    pub(super) fn limit(&self) -> Option<u32> {
+        let known = |limit: &AtomicU32| Some(limit.load(Relaxed)).filter(|&limit| limit > 0);
+        known(&self.reported).into_iter().chain(known(&self.adaptive)).min()
+    }
+
+    /// Looks at what it answered since the last time, and sets the adaptive limit, or lifts it.
+    pub(super) fn review_limit(&self, adapts: bool) {
+        let (samples, sum) = (self.sampled.swap(0, Relaxed), self.sampled_us.swap(0, Relaxed));
+        let most = self.most_in_flight.swap(self.in_flight.load(Relaxed), Relaxed);
+        if !adapts {
+            self.adaptive.store(0, Relaxed);
+            return;
+        }
+        if let Ok(mut gradient) = self.gradient.lock() {
+            let limit = gradient.review(samples, Duration::from_micros(sum), most);
+            self.adaptive.store(limit, Relaxed);
+        }
     }
 
     /// `count` requests ended.
     pub(super) fn end(&self, count: u32) {
-        let _now = self
-            .in_flight
-            .fetch_update(Relaxed, Relaxed, |known| Some(known.saturating_sub(count)));
+        let _now =
+            self.in_flight.fetch_update(SeqCst, Relaxed, |known| Some(known.saturating_sub(count)));
     }
 
     /// How many requests are under way.
@@ -250,7 +312,12 @@ impl BackendLive {
     /// Takes an outcome in; how many faults in a row there are now.
     pub(super) fn judge(&self, outcome: Outcome) -> u32 {
         match outcome {
-            Outcome::Answered { latency } => {
+            Outcome::Answered { latency } | Outcome::Ended { latency, .. } => {
+                self.sampled.fetch_add(1, Relaxed);
+                self.sampled_us.fetch_add(
+                    u64::try_from(latency.as_micros()).unwrap_or(u64::MAX).min(1 << 40),
+                    Relaxed,
+                );
                 self.answered.fetch_add(1, Relaxed);
                 self.note_latency(latency);
                 self.faults.store(0, Relaxed);

@@ -8,7 +8,9 @@
 //! | `core` | all that workers share; from a wanted state to the next snapshot |
 //! | `changes` | what is wanted, known and leaving |
 //! | `router` | the decision |
+//! | `slots` | a slot, a wait, or a refusal |
 //! | `balance` | the published formulas |
+//! | `qos` | who waits, who is let in, what a backend may have |
 //! | `table` | sessions without a token |
 //! | `bindings` | subscribers, by each of their names |
 //! | `holders` | how many sessions each backend has, and how often it lost them |
@@ -26,7 +28,9 @@ mod holders;
 mod live;
 mod names;
 mod peers;
+mod qos;
 mod router;
+mod slots;
 mod snapshot;
 mod spec;
 mod table;
@@ -39,11 +43,13 @@ pub use events::{CoreEvent, Happening, Plan};
 pub use live::{BackendLive, CAPABILITIES_MAX};
 pub use names::PoolNames;
 pub use peers::PeerView;
+pub use qos::{ClassFigures, Histogram, QosFigures, Waker};
 pub use router::CoreRouter;
+pub use slots::Grant;
 pub use snapshot::{Backend, Pool, Snapshot};
 pub use spec::{
     BackendSpec, Balance, HealthSpec, InstanceState, ListenerLimits, ListenerSpec, NodeSpec,
-    PoolSpec, Setup, SnapshotSpec,
+    Policy, PoolSpec, QosSpec, Setup, SnapshotSpec,
 };
 pub use table::{Learned, SessionTable, TableTotals};
 pub use view::{PoolBackendView, PoolView, SessionView, SessionsView};

@@ -7,34 +7,40 @@ use std::time::{Duration, Instant};
 
 use strowger_contract::{
     BackendId, BackendView, BindingKey, Class, ClassId, Endpoint, FlowId, Keyer, Link, Outcome,
-    PeerReport, Pin, PoolId, Query, Rate, Refusal, Route, RouteReason, Router, SessionKey, Ticket,
-    Token, TokenKeys, Verdict, WorkerId,
+    PeerReport, Pin, PoolId, Query, Rate, Refusal, RouteReason, Router, SessionKey, Ticket, Token,
+    TokenKeys, Verdict, WorkerId,
 };
 
 use super::balance::{Dice, is_in_share, rendezvous_score};
 use super::core::Core;
+use super::qos::{Desk, Settled};
+use super::slots::Waiting;
 use super::snapshot::{Backend, Group, Pool, Snapshot};
-use super::spec::{Balance, InstanceState};
+use super::spec::{Balance, InstanceState, Policy};
 use super::table::Learned;
 
 /// Tries on a Maglev table, or of dice, before all members are looked at in turn.
 const ATTEMPTS: u32 = 8;
-
-/// When to come back after all slots were taken; spread, so that not all come back at once.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A canary's share of new sessions, in thousandths.
 const CANARY_SHARE: u32 = 50;
 
 /// The core, as one worker uses it.
 pub struct CoreRouter {
-    core: Arc<Core>,
-    snapshot: Arc<Snapshot>,
+    pub(super) core: Arc<Core>,
+    pub(super) snapshot: Arc<Snapshot>,
     tokens: Arc<TokenKeys>,
-    dice: Dice,
+    pub(super) dice: Dice,
     /// What this worker has in flight: given back if its engine dies.
-    ledger: HashMap<BackendId, u32>,
+    pub(super) ledger: HashMap<BackendId, u32>,
     turns: HashMap<BackendId, i64>,
+    /// Where others tell what became of requests that wait.
+    pub(super) desk: Arc<Desk>,
+    pub(super) waiting: HashMap<u64, Waiting>,
+    pub(super) news: Vec<(u64, Settled)>,
+    /// When the first of `waiting` must be looked at, in microseconds of the core's clock.
+    pub(super) soonest: Option<u64>,
+    pub(super) tickets: u64,
 }
 
 /// What is asked of a backend for one message.
@@ -57,7 +63,19 @@ impl CoreRouter {
     pub(super) fn new(core: Arc<Core>, worker: WorkerId) -> Self {
         let (snapshot, tokens) = (core.snapshot(), core.tokens());
         let dice = Dice::new(core.seed() ^ u64::from(worker.0) << 32);
-        Self { core, snapshot, tokens, dice, ledger: HashMap::new(), turns: HashMap::new() }
+        Self {
+            core,
+            snapshot,
+            tokens,
+            dice,
+            ledger: HashMap::new(),
+            turns: HashMap::new(),
+            desk: Arc::default(),
+            waiting: HashMap::new(),
+            news: Vec::new(),
+            soonest: None,
+            tickets: 0,
+        }
     }
 
     /// Looks for a newer snapshot, once per batch; whether there was one.
@@ -71,31 +89,8 @@ impl CoreRouter {
         &self.snapshot
     }
 
-    /// The engine died: nothing that it had under way will end.
-    pub fn abandon_all(&mut self, _now: Instant) {
-        for (backend, count) in self.ledger.drain() {
-            if let Some(live) = self.core.live(backend) {
-                live.end(count);
-            }
-        }
-    }
-
-    fn go(&mut self, backend: &Backend, reason: RouteReason, awaits: bool) -> Verdict {
-        if awaits {
-            backend.live.begin();
-            *self.ledger.entry(backend.id).or_insert(0) += 1;
-        }
-        Verdict::Go(Route {
-            backend: backend.id,
-            pin: backend.pin,
-            transport: backend.spec.transport,
-            address: backend.spec.address,
-            reason,
-        })
-    }
-
     /// A token named the instance: it and nobody else has the session.
-    fn pinned(&mut self, pin: Pin, query: &Query<'_>) -> Option<Verdict> {
+    fn pinned(&mut self, now: Instant, pin: Pin, query: &Query<'_>) -> Option<Verdict> {
         let Some(backend) =
             self.snapshot.pins.get(&pin).filter(|backend| backend.keeps_sessions()).cloned()
         else {
@@ -103,13 +98,13 @@ impl CoreRouter {
         };
         let reachable = backend.is_linked() && !query.exclude.contains(&backend.id);
         if reachable {
-            return Some(self.go(&backend, RouteReason::Pinned, query.awaits));
+            return Some(self.go_to(now, &backend, RouteReason::Pinned, query));
         }
         query.in_session.then_some(Verdict::Refuse(Refusal::NoBackend))
     }
 
     /// The table names the instance; if that cannot answer, another may take the session over.
-    fn tabled(&mut self, now: u64, query: &Query<'_>) -> Option<Verdict> {
+    fn tabled(&mut self, at: Instant, now: u64, query: &Query<'_>) -> Option<Verdict> {
         let backend = self.core.table_entry(query.session, now)?;
         let backend = self.snapshot.backend(backend)?;
         let usable = backend.pool == query.pool
@@ -121,12 +116,13 @@ impl CoreRouter {
             return None;
         }
         let backend = Arc::clone(backend);
-        Some(self.go(&backend, RouteReason::Table, query.awaits))
+        Some(self.go_to(at, &backend, RouteReason::Table, query))
     }
 
     /// A session that exists but that nothing names: by hash among all that may have it, so that
     /// every node and every restart guesses alike.
-    fn orphaned(&mut self, pool: &Pool, now: u64, query: &Query<'_>) -> Verdict {
+    fn orphaned(&mut self, at: Instant, pool: &Arc<Pool>, query: &Query<'_>) -> Verdict {
+        let now = self.core.clock(at);
         // Whoever took the address of the one that has the session gets nothing of it.
         let taken = self
             .core
@@ -148,36 +144,69 @@ impl CoreRouter {
             _ if self.core.is_lost(query.session, now) => Verdict::Refuse(Refusal::SessionLost),
             Some(backend) => {
                 let backend = Arc::clone(backend);
-                self.go(&backend, RouteReason::Balanced, query.awaits)
+                self.go(at, pool, &backend, RouteReason::Balanced, query)
             }
             None if taken.is_some() => Verdict::Refuse(Refusal::SessionLost),
             None => Verdict::Refuse(Refusal::NoBackend),
         }
     }
 
-    fn balanced(&mut self, pool: &Arc<Pool>, now: u64, query: &Query<'_>) -> Verdict {
+    fn balanced(&mut self, at: Instant, pool: &Arc<Pool>, query: &Query<'_>) -> Verdict {
+        if !self.may_retry(pool, query) {
+            return Verdict::Refuse(self.overloaded());
+        }
         let mut misses = Misses::default();
+        match self.find(pool, at, query, &mut misses) {
+            Some(found) => self.go_to_any(at, pool, Some(found), query),
+            None if misses.full && query.awaits => self.go_to_any(at, pool, None, query),
+            None if misses.full => Verdict::Refuse(self.overloaded()),
+            None if misses.incapable => Verdict::Refuse(Refusal::NoCapability),
+            None => Verdict::Refuse(Refusal::NoBackend),
+        }
+    }
+
+    fn find(
+        &mut self,
+        pool: &Pool,
+        at: Instant,
+        query: &Query<'_>,
+        misses: &mut Misses,
+    ) -> Option<(Arc<Backend>, RouteReason)> {
         let core = Arc::clone(&self.core);
+        let now = core.clock(at);
         let mut asked = Asked { now, query, core: &core, panic: pool.is_panicking() };
-        let mut found = self.choose(pool, &asked, &mut misses);
+        let mut found = self.choose(pool, &asked, misses);
         if found.is_none() && !misses.full && pool.spec.panic_percent > 0 && !asked.panic {
             // Nobody is well, and the next review has not yet said so.
             asked.panic = true;
-            found = self.choose(pool, &asked, &mut misses);
+            found = self.choose(pool, &asked, misses);
         }
-        match found {
-            Some(index) => {
-                let backend = Arc::clone(&pool.backends[index]);
-                let ill = asked.panic && !backend.is_well(now);
-                let reason = if ill { RouteReason::Panic } else { RouteReason::Balanced };
-                self.go(&backend, reason, query.awaits)
-            }
-            None if misses.full => {
-                let spread = Duration::from_millis(self.dice.below(1_000));
-                Verdict::Refuse(Refusal::Overloaded { retry_after: RETRY_AFTER + spread })
-            }
-            None if misses.incapable => Verdict::Refuse(Refusal::NoCapability),
-            None => Verdict::Refuse(Refusal::NoBackend),
+        let backend = Arc::clone(&pool.backends[found?]);
+        let ill = asked.panic && !backend.is_well(now);
+        let reason = if ill { RouteReason::Panic } else { RouteReason::Balanced };
+        Some((backend, reason))
+    }
+
+    /// A backend with a free slot for the request, if there is one.
+    pub(super) fn choose_free(
+        &mut self,
+        pool: &Pool,
+        at: Instant,
+        query: &Query<'_>,
+    ) -> Option<Arc<Backend>> {
+        self.find(pool, at, query, &mut Misses::default()).map(|(backend, _)| backend)
+    }
+
+    fn go_to(
+        &mut self,
+        at: Instant,
+        backend: &Arc<Backend>,
+        reason: RouteReason,
+        query: &Query<'_>,
+    ) -> Verdict {
+        match self.snapshot.pool(backend.pool).cloned() {
+            Some(pool) => self.go(at, &pool, backend, reason, query),
+            None => self.leave(backend, reason, query.awaits),
         }
     }
 
@@ -363,7 +392,10 @@ impl Asked<'_> {
             misses.incapable = true;
             return false;
         }
-        if backend.is_full(self.core.held_by(backend.id)) {
+        if self.query.awaits
+            && self.query.class != ClassId::CONTROL
+            && backend.is_full(self.core.held_by(backend.id))
+        {
             misses.full = true;
             return false;
         }
@@ -402,29 +434,34 @@ fn load_bound(pool: &Pool, group: &Group, percent: u16) -> f64 {
 
 impl Router for CoreRouter {
     fn route(&mut self, now: Instant, query: &Query<'_>) -> Verdict {
-        if now > query.deadline && query.class != ClassId::CONTROL {
-            return Verdict::Refuse(Refusal::TooLate);
-        }
         let clock = self.core.clock(now);
-        if let Some(verdict) = query.pin.and_then(|pin| self.pinned(pin, query)) {
+        if now > query.deadline && query.class != ClassId::CONTROL {
+            let pool = self.snapshot.pool(query.pool);
+            if pool.is_none_or(|pool| pool.spec.qos.policy == Policy::Deadline) {
+                return Verdict::Refuse(Refusal::TooLate);
+            }
+        }
+        if let Some(verdict) = query.pin.and_then(|pin| self.pinned(now, pin, query)) {
             return verdict;
         }
-        if let Some(verdict) = self.tabled(clock, query) {
+        if let Some(verdict) = self.tabled(now, clock, query) {
             return verdict;
         }
         let Some(pool) = self.snapshot.pool(query.pool).cloned() else {
             return Verdict::Refuse(Refusal::NoBackend);
         };
         if query.in_session {
-            return self.orphaned(&pool, clock, query);
+            return self.orphaned(now, &pool, query);
         }
         if self.core.is_draining() {
             return Verdict::Refuse(Refusal::ShuttingDown);
         }
-        self.balanced(&pool, clock, query)
+        self.balanced(now, &pool, query)
     }
 
-    fn withdraw(&mut self, _now: Instant, _ticket: Ticket) {}
+    fn withdraw(&mut self, _now: Instant, ticket: Ticket) {
+        self.withdraw_ticket(ticket);
+    }
 
     fn outcome(&mut self, now: Instant, backend: BackendId, outcome: Outcome) {
         let Some(count) = self.ledger.get_mut(&backend) else { return };
@@ -433,6 +470,7 @@ impl Router for CoreRouter {
             self.ledger.remove(&backend);
         }
         self.core.outcome(now, &self.snapshot, backend, outcome);
+        self.freed(now, backend);
     }
 
     fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>) {

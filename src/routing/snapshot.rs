@@ -9,6 +9,7 @@ use strowger_contract::{BackendId, Class, ClassId, Pin, PoolId};
 
 use super::balance::{MAGLEV_FROM, Maglev};
 use super::live::{BackendLive, identity_hash};
+use super::qos::PoolQos;
 use super::spec::{BackendSpec, InstanceState, ListenerSpec, NodeSpec, PoolSpec};
 
 /// One immutable picture. Workers look at it; what changes from moment to moment is in each
@@ -45,6 +46,8 @@ pub struct Pool {
     pub(super) groups: Vec<Group>,
     pub(super) identities: HashMap<u64, usize>,
     pub(super) live: Arc<PoolLive>,
+    /// The least percentage of grants of each class.
+    pub(super) shares: Vec<u8>,
 }
 
 /// Backends of one priority.
@@ -58,6 +61,7 @@ pub(super) struct Group {
 #[derive(Debug, Default)]
 pub(super) struct PoolLive {
     pub(super) panic: AtomicBool,
+    pub(super) qos: PoolQos,
 }
 
 /// A backend in a snapshot.
@@ -113,10 +117,26 @@ impl Backend {
         self.spec.weight > 0 && matches!(self.state(), InstanceState::Ready | InstanceState::Canary)
     }
 
+    /// How many slots it has: the least of what is configured, what the agent says, and what its
+    /// response times tell. `None`: no limit.
+    pub(super) fn limit(&self) -> Option<u32> {
+        self.spec.capacity.into_iter().chain(self.live.limit()).min()
+    }
+
     /// Whether all its slots are taken, by requests in flight and by the `held` sessions.
     pub(super) fn is_full(&self, held: u32) -> bool {
         let taken = || self.live.in_flight().saturating_add(held);
-        self.live.is_congested() || self.spec.capacity.is_some_and(|capacity| taken() >= capacity)
+        self.live.is_congested() || self.limit().is_some_and(|limit| taken() >= limit)
+    }
+
+    /// Takes one of its slots; `false` if there is none.
+    pub(super) fn take_slot(&self, held: u32) -> bool {
+        !self.live.is_congested() && self.live.try_begin(self.limit(), held)
+    }
+
+    /// Whether it may take what any backend of its pool may take.
+    pub(super) fn takes_new(&self, now: u64) -> bool {
+        self.is_open() && self.is_linked() && self.is_well(now)
     }
 }
 
@@ -126,6 +146,7 @@ impl Pool {
         spec: PoolSpec,
         backends: Vec<Arc<Backend>>,
         live: Arc<PoolLive>,
+        classes: &[Class],
     ) -> Self {
         let mut priorities: Vec<u16> =
             backends.iter().map(|backend| backend.spec.priority).collect();
@@ -138,7 +159,8 @@ impl Pool {
             Some((identity_hash(identity.as_bytes()), index))
         };
         let identities = backends.iter().enumerate().filter_map(named).collect();
-        Self { id, spec, backends, groups, identities, live }
+        let shares = classes.iter().map(|class| class.share_min).collect();
+        Self { id, spec, backends, groups, identities, live, shares }
     }
 
     /// The backends.
@@ -161,6 +183,15 @@ impl Pool {
         self.backends
             .iter()
             .find(|backend| backend.spec.identity.is_none() && backend.live.is_called(hash))
+    }
+
+    /// Counts the slots of those that take new sessions; 0 if one of them has no limit.
+    pub(super) fn review_slots(&self, now: u64) {
+        let usable = || self.backends.iter().filter(|backend| backend.takes_new(now));
+        let slots = usable()
+            .map(|backend| backend.limit())
+            .try_fold(0u32, |sum, limit| limit.map(|limit| sum.saturating_add(limit)));
+        self.live.qos.set_slots(slots.unwrap_or(0));
     }
 
     /// Whether panic must begin or end; the new state if it changes.

@@ -80,8 +80,29 @@ pub struct PoolSpec {
     pub bind_keys: Vec<String>,
     /// The same as places in [`strowger_contract::Protocol::BIND_KEYS`] of the pool's protocol.
     pub bind_places: Vec<u8>,
+    /// What happens when all slots are taken.
+    pub qos: QosSpec,
     /// The backends.
     pub backends: Vec<BackendSpec>,
+}
+
+/// What happens when all slots are taken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QosSpec {
+    /// In which order requests wait.
+    pub policy: Policy,
+    /// Whether response times limit a backend too. Off: they do not.
+    pub adaptive: bool,
+}
+
+/// In which order requests wait for a slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// By tier, then by deadline; what cannot be answered in time is refused at once.
+    #[default]
+    Deadline,
+    /// As they came, all of them: what others do, to compare with.
+    Fifo,
 }
 
 /// Active and passive health checks.

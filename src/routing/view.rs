@@ -7,8 +7,10 @@ use serde::Serialize;
 use strowger_contract::{BackendId, SessionKey};
 
 use super::core::Core;
+use super::qos::QosFigures;
+use super::snapshot::Snapshot;
 use super::snapshot::{Backend, Pool};
-use super::spec::Balance;
+use super::spec::{Balance, Policy};
 
 /// A pool.
 #[derive(Clone, Debug, Serialize)]
@@ -19,6 +21,8 @@ pub struct PoolView {
     pub balance: &'static str,
     /// Whether too few are well and load is spread over all.
     pub panic: bool,
+    /// Its queue.
+    pub qos: QosFigures,
     /// Its backends.
     pub backends: Vec<PoolBackendView>,
 }
@@ -44,6 +48,8 @@ pub struct PoolBackendView {
     pub priority: u16,
     /// Its slots.
     pub capacity: Option<u32>,
+    /// Its slots now: of those, of what its agent says, and of what its response times tell.
+    pub limit: Option<u32>,
     /// Requests or flows under way.
     pub in_flight: u32,
     /// Sessions in the table.
@@ -105,17 +111,22 @@ impl Core {
     #[must_use]
     pub fn pools_view(&self, now: Instant) -> Vec<PoolView> {
         let clock = self.clock(now);
+        let snapshot = self.snapshot();
         let mut pools: Vec<PoolView> =
-            self.snapshot().pools().map(|pool| self.pool_view(pool, clock)).collect();
+            snapshot.pools().map(|pool| self.pool_view(&snapshot, pool, clock)).collect();
         pools.sort_by(|one, two| one.name.cmp(&two.name));
         pools
     }
 
-    fn pool_view(&self, pool: &Pool, now: u64) -> PoolView {
+    fn pool_view(&self, snapshot: &Snapshot, pool: &Pool, now: u64) -> PoolView {
         PoolView {
             name: pool.spec.name.clone(),
             balance: balance_word(pool.spec.balance),
             panic: pool.is_panicking(),
+            qos: pool
+                .live
+                .qos
+                .figures(pool.spec.qos.policy == Policy::Fifo, |class| snapshot.class_name(class)),
             backends: pool
                 .backends()
                 .map(|backend| self.backend_view(pool, backend, now))
@@ -142,6 +153,7 @@ impl Core {
             effective_weight: effective as u32,
             priority: backend.spec.priority,
             capacity: backend.spec.capacity,
+            limit: backend.limit(),
             in_flight: live.in_flight(),
             sessions: self.table().sessions_of(backend.id),
             held: self.table().held_by(backend.id),

@@ -26,7 +26,7 @@ use super::mailbox::{Letters, Mail};
 use super::shared::{NodeEvent, Shared};
 use super::stream::{Connection, serve};
 use crate::observe::{Direction, ListenerMetrics, TapPort};
-use crate::routing::{CoreRouter, ListenerSpec, Setup};
+use crate::routing::{CoreRouter, Grant, ListenerSpec, Setup};
 
 /// What a stream is read into before it is cut: one per listener and worker.
 const SCRATCH_BYTES: usize = 64 << 10;
@@ -48,6 +48,8 @@ pub(crate) struct Host<P: Protocol> {
     pub(crate) stop: CancellationToken,
     cell: RefCell<State<P>>,
     timer: Notify,
+    /// Told by any worker when a waiting request of this one's was settled.
+    granted: Arc<Notify>,
     armed: Cell<Option<Instant>>,
     queued_bytes_max: Cell<usize>,
 }
@@ -70,6 +72,7 @@ pub(crate) struct State<P: Protocol> {
     news: VecDeque<(Endpoint, PeerChange)>,
     dirty: Vec<Rc<Connection>>,
     dials: Vec<Dial>,
+    grants: Vec<Grant>,
     restarts: u64,
 }
 
@@ -148,9 +151,13 @@ impl<P: Protocol> Host<P> {
             news: VecDeque::new(),
             dirty: Vec::new(),
             dials: Vec::new(),
+            grants: Vec::new(),
             restarts: 0,
             spec: Arc::clone(&spec),
         };
+        let granted = Arc::new(Notify::new());
+        let told = Arc::clone(&granted);
+        state.router.set_waker(Arc::new(move || told.notify_one()));
         Rc::new(Self {
             worker,
             shared,
@@ -159,6 +166,7 @@ impl<P: Protocol> Host<P> {
             stop,
             cell: RefCell::new(state),
             timer: Notify::new(),
+            granted,
             armed: Cell::new(None),
             queued_bytes_max: Cell::new(spec.limits.queued_bytes),
         })
@@ -359,8 +367,17 @@ impl<P: Protocol> Host<P> {
         }
     }
 
+    /// Passes on what became of waiting requests when another worker settled them. Never ends.
+    pub(crate) async fn take_grants(self: Rc<Self>) {
+        loop {
+            self.granted.notified().await;
+            self.batch(Instant::now(), |_| ());
+        }
+    }
+
     fn rearm(&self, state: &State<P>) {
-        let Some(next) = state.engine.next_timeout() else { return };
+        let wanted = [state.engine.next_timeout(), state.router.next_timeout()];
+        let Some(next) = wanted.into_iter().flatten().min() else { return };
         // A timer that is armed too early costs one wake; only a later one must be moved.
         if self.armed.get().is_none_or(|armed| next < armed) {
             self.armed.set(Some(next));
@@ -515,6 +532,9 @@ impl<P: Protocol> Batch<'_, P> {
                 self.state.out = out;
             }
             let Some((peer, change)) = self.state.news.pop_front() else {
+                if self.take_grants() {
+                    continue;
+                }
                 // What another worker sent for a connection of ours came without an engine's wish.
                 return self.write_streams();
             };
@@ -523,6 +543,25 @@ impl<P: Protocol> Batch<'_, P> {
         self.state.news.clear();
         self.state.out.clear();
         self.host.shared.event(NodeEvent::EngineSpins { worker: self.host.worker });
+    }
+
+    /// Tells the engine what became of requests that wait; whether there was anything.
+    fn take_grants(&mut self) -> bool {
+        let mut grants = std::mem::take(&mut self.state.grants);
+        self.state.router.grants(self.now, &mut grants);
+        let any = !grants.is_empty();
+        for grant in grants.drain(..) {
+            self.guard(|state, now, out| match grant {
+                Grant::Go(ticket, route) => {
+                    state.engine.on_granted(now, ticket, route, &mut state.router, out);
+                }
+                Grant::Refuse(ticket, refusal) => {
+                    state.engine.on_refused(now, ticket, refusal, &mut state.router, out);
+                }
+            });
+        }
+        self.state.grants = grants;
+        any
     }
 
     fn carry_out(&mut self, out: &Outbox) {

@@ -172,6 +172,7 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     }
     guard(&broken, spawn(&host, Rc::clone(&host).keep_time()));
     guard(&broken, spawn(&host, read_mail(Rc::clone(&host))));
+    guard(&broken, spawn(&host, Rc::clone(&host).take_grants()));
     if P::LINKS == Links::Single {
         guard(&broken, spawn(&host, keep_links(Rc::clone(&host))));
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use strowger::routing::{
     BackendSpec, Balance, Core, CoreEvent, CoreRouter, CoreSettings, HealthSpec, InstanceState,
-    Plan, PoolSpec, PoolView, SnapshotSpec,
+    Plan, PoolSpec, PoolView, QosSpec, SnapshotSpec,
 };
 use strowger_contract::{
     BackendId, ClassId, Keyer, Pin, PoolId, Query, Route, Router, SessionKey, TokenKeys, Transport,
@@ -49,6 +49,7 @@ pub(crate) fn plain(backends: Vec<BackendSpec>) -> PoolSpec {
         needs_link: false,
         bind_keys: Vec::new(),
         bind_places: Vec::new(),
+        qos: QosSpec::default(),
         backends,
     }
 }

@@ -160,6 +160,7 @@ impl World {
             needs_link,
             bind_keys: Vec::new(),
             bind_places: Vec::new(),
+            qos: strowger::routing::QosSpec::default(),
             backends: Vec::new(),
         };
         let pool = core.pool_names().id(POOL);

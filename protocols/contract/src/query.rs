@@ -136,6 +136,14 @@ pub enum Outcome {
         /// From sending to the first final answer.
         latency: Duration,
     },
+    /// As [`Outcome::Answered`], for what keeps its slot longer than its answer takes (a spliced
+    /// flow).
+    Ended {
+        /// From sending to the first answer; for a flow, how long the connection took.
+        latency: Duration,
+        /// How long the slot was taken.
+        held: Duration,
+    },
     /// It answered that it cannot: 503, 3004 and the like. Does it no good in balancing (a fast
     /// refusal must not attract load) and counts as its fault.
     Refused,

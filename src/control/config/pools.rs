@@ -8,7 +8,7 @@ use strowger_contract::Transport;
 use super::endpoint::endpoint;
 use super::read::{Fields, Reader};
 use super::tree::{Entry, Node};
-use crate::routing::{BackendSpec, Balance, HealthSpec, InstanceState, PoolSpec};
+use crate::routing::{BackendSpec, Balance, HealthSpec, InstanceState, PoolSpec, QosSpec};
 
 /// Backends in one pool, at most: the Maglev table is meant for hundreds of places each.
 const BACKENDS_MAX: usize = 20_000;
@@ -118,6 +118,7 @@ fn default_pool(name: &str) -> PoolSpec {
         needs_link: false,
         bind_keys: Vec::new(),
         bind_places: Vec::new(),
+        qos: QosSpec::default(),
         backends: Vec::new(),
     }
 }

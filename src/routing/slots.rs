@@ -332,7 +332,7 @@ impl CoreRouter {
                 deadline,
                 since: clock,
                 predicted: 0,
-                backend: to.map(|(backend, _)| backend.id).filter(|_| !fifo),
+                backend: to.map(|(backend, _)| backend.id),
                 capability: query.capability,
                 exclude,
                 excluded: excluded as u8,

@@ -2,5 +2,7 @@
 
 mod changes;
 mod health;
+mod overload;
 mod placing;
+mod qos;
 mod support;

@@ -27,6 +27,8 @@ struct Flow {
     /// The backend that it is, or is being, joined to; the router awaits its outcome.
     backend: Option<BackendId>,
     began: Instant,
+    /// It waits for a slot.
+    ticket: Option<Ticket>,
     joined: Option<Duration>,
 }
 
@@ -37,6 +39,7 @@ pub struct TcpEngine {
     routes: Vec<(Vec<(IpAddr, u8)>, PoolId)>,
     pool: Option<PoolId>,
     flows: HashMap<FlowId, Flow>,
+    waiting: HashMap<Ticket, FlowId>,
 }
 
 impl TcpEngine {
@@ -49,12 +52,18 @@ impl TcpEngine {
         };
         let routes =
             context.scope.routes.iter().map(|(route, pool)| (route.networks(), *pool)).collect();
-        Self { limits, routes, pool: context.scope.pool, flows: HashMap::new() }
+        Self {
+            limits,
+            routes,
+            pool: context.scope.pool,
+            flows: HashMap::new(),
+            waiting: HashMap::new(),
+        }
     }
 
     pub(crate) fn reconfigure(&mut self, context: &Context<'_, Tcp>) {
-        let flows = std::mem::take(&mut self.flows);
-        *self = Self { flows, ..Self::new(context) };
+        let (flows, waiting) = (std::mem::take(&mut self.flows), std::mem::take(&mut self.waiting));
+        *self = Self { flows, waiting, ..Self::new(context) };
     }
 
     fn pool_for(&self, source: IpAddr) -> Option<PoolId> {
@@ -87,6 +96,7 @@ impl TcpEngine {
             tried: Vec::new(),
             backend: None,
             began: now,
+            ticket: None,
             joined: None,
         };
         self.flows.insert(id, flow);
@@ -117,21 +127,28 @@ impl TcpEngine {
             };
             match router.route(now, &query) {
                 Verdict::Go(route) => {
-                    flow.tried.push(route.backend);
-                    flow.backend = Some(route.backend);
-                    flow.began = now;
-                    return out.splice(id, route.backend, self.limits);
+                    return self.go(now, id, route, out);
                 }
                 Verdict::Refuse(refusal) => refusal,
                 Verdict::Wait(ticket) => {
-                    router.withdraw(now, ticket);
-                    Refusal::NoBackend
+                    flow.ticket = Some(ticket);
+                    self.waiting.insert(ticket, id);
+                    return;
                 }
             }
         };
         let arrived = flow.arrived;
         self.flows.remove(&id);
         refuse(now, id, arrived, refusal, out);
+    }
+
+    /// Joins the flow to the backend that was found.
+    fn go(&mut self, now: Instant, id: FlowId, route: Route, out: &mut Outbox) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.tried.push(route.backend);
+        flow.backend = Some(route.backend);
+        flow.began = now;
+        out.splice(id, route.backend, self.limits);
     }
 
     fn joined(
@@ -181,9 +198,14 @@ impl TcpEngine {
 
     fn closed(&mut self, now: Instant, id: FlowId, router: &mut dyn Router, out: &mut Outbox) {
         let Some(flow) = self.flows.remove(&id) else { return };
+        if let Some(ticket) = flow.ticket {
+            self.waiting.remove(&ticket);
+            router.withdraw(now, ticket);
+        }
         if let Some(backend) = flow.backend {
+            let held = now.saturating_duration_since(flow.began);
             let outcome =
-                flow.joined.map_or(Outcome::Abandoned, |latency| Outcome::Answered { latency });
+                flow.joined.map_or(Outcome::Abandoned, |latency| Outcome::Ended { latency, held });
             router.outcome(now, backend, outcome);
         }
         if flow.joined.is_none() {
@@ -241,16 +263,36 @@ impl Engine for TcpEngine {
         out.drop_message("not_spliced");
     }
 
-    fn on_granted(&mut self, _: Instant, _: Ticket, _: Route, _: &mut dyn Router, _: &mut Outbox) {}
+    fn on_granted(
+        &mut self,
+        now: Instant,
+        ticket: Ticket,
+        route: Route,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let known = self.waiting.remove(&ticket).filter(|id| self.flows.contains_key(id));
+        let Some(id) = known else {
+            return router.outcome(now, route.backend, Outcome::Abandoned);
+        };
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.ticket = None;
+        }
+        self.go(now, id, route, out);
+    }
 
     fn on_refused(
         &mut self,
-        _: Instant,
-        _: Ticket,
-        _: Refusal,
+        now: Instant,
+        ticket: Ticket,
+        refusal: Refusal,
         _: &mut dyn Router,
-        _: &mut Outbox,
+        out: &mut Outbox,
     ) {
+        let Some(id) = self.waiting.remove(&ticket) else { return };
+        if let Some(flow) = self.flows.remove(&id) {
+            refuse(now, id, flow.arrived, refusal, out);
+        }
     }
 
     fn on_peer(

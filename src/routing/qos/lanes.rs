@@ -116,6 +116,11 @@ impl Lanes {
         self.len == 0
     }
 
+    /// How many of each tier wait.
+    pub(in crate::routing) fn of_tiers(&self) -> [u32; TIERS] {
+        self.tiers
+    }
+
     /// How many of a class wait.
     pub(in crate::routing) fn of_class(&self, class: ClassId) -> u32 {
         self.classes.get(usize::from(class.0)).copied().unwrap_or(0)

@@ -15,7 +15,7 @@ use strowger_contract::{ClassId, Refusal, Route};
 use super::super::snapshot::Backend;
 use super::desk::Settled;
 use super::figures::{ClassFigures, QosFigures};
-use super::lanes::{Lanes, Place, Waiter};
+use super::lanes::{Lanes, Place, TIERS, Waiter};
 use super::load::Load;
 use super::retry::RetryBudget;
 use super::service::ServiceTimes;
@@ -28,7 +28,15 @@ const LOGGED_PER_TICK: u32 = 5;
 
 /// No tier is thought to leave less than this part of the slots to those after it: even in full
 /// overload a slot is free now and then.
-const LEFT_MIN: f64 = 0.02;
+const LEFT_MIN: f64 = 0.005;
+
+/// What higher tiers leave varies from second to second: a no after the whole budget is the worst
+/// answer of all.
+const LEAVING_VARIES: f64 = 1.5;
+
+/// When higher tiers take more than this, what really leaves a lower one's queue is looked at: a
+/// percent of error in what they take is then most of what is left.
+const SUSTAINED: f64 = 0.85;
 
 /// What one pool's queue knows.
 #[derive(Debug, Default)]
@@ -130,7 +138,8 @@ impl PoolQos {
     pub(in crate::routing) fn review(&self, now_ms: u64) {
         self.answers.review();
         self.holds.review();
-        self.load.review(now_ms);
+        let waiting = if self.is_busy() { self.lock().lanes.of_tiers() } else { [0; TIERS] };
+        self.load.review(now_ms, waiting);
         self.log_left.store(LOGGED_PER_TICK, Relaxed);
     }
 
@@ -138,21 +147,28 @@ impl PoolQos {
     fn predict(&self, inner: &Inner, entry: &Entry) -> u64 {
         let Waiter { tier, order, deadline, since, backend, .. } = entry.waiter;
         let slots = self.slots.load(Relaxed).max(1);
-        let hold = self.holds.p90() as f64;
         let (common, own) = inner.lanes.ahead(tier, order, backend);
-        let per_slot = hold / f64::from(slots);
         let turns = match backend {
-            None => f64::from(common + 1) * per_slot,
+            None => self.holds.sum_of(f64::from(common + 1)) / f64::from(slots),
             Some(_) => {
-                f64::from(common) * per_slot
-                    + f64::from(own + 1) * hold / f64::from(entry.own_slots.max(1))
+                // Its backend's share of what all may take, and what only it may take.
+                let own_slots = f64::from(entry.own_slots.max(1));
+                let share = f64::from(common) * (own_slots / f64::from(slots)).min(1.0);
+                self.holds.sum_of(share + f64::from(own + 1)) / own_slots
             }
         };
         let budget = deadline.saturating_sub(since);
         let above = self.load.above(tier, budget, self.holds.mean(), slots);
         let mut wait = turns / (1.0 - above).max(LEFT_MIN);
+        if above > SUSTAINED
+            && let Some(drain) = self.load.drain(tier, budget)
+        {
+            // What was seen to leave says more than what is thought to come before.
+            let turns = f64::from(common + own) * 1_000_000.0;
+            wait = wait.max(turns / drain.max(0.01) * LEAVING_VARIES);
+        }
         if entry.share > 0 {
-            let kept = per_slot * 100.0 / f64::from(entry.share);
+            let kept = self.holds.p90() as f64 / f64::from(slots) * 100.0 / f64::from(entry.share);
             let waiting = inner.lanes.of_class(entry.waiter.class);
             wait = wait.min(f64::from(waiting + 1) * kept);
         }
@@ -238,6 +254,7 @@ impl PoolQos {
                 return;
             };
             inner.granted(&waiter, now_us);
+            self.load.granted(waiter.tier);
             backend.live.count_request();
             let route = Route {
                 backend: backend.id,

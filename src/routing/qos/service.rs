@@ -24,6 +24,7 @@ pub(in crate::routing) struct ServiceTimes {
     p50_us: AtomicU64,
     p90_us: AtomicU64,
     mean_us: AtomicU64,
+    deviation_us: AtomicU64,
 }
 
 impl Default for ServiceTimes {
@@ -35,6 +36,7 @@ impl Default for ServiceTimes {
             p50_us: AtomicU64::new(0),
             p90_us: AtomicU64::new(0),
             mean_us: AtomicU64::new(0),
+            deviation_us: AtomicU64::new(0),
         }
     }
 }
@@ -84,6 +86,13 @@ impl ServiceTimes {
         self.p50_us.store(quantile(500), Relaxed);
         self.p90_us.store(quantile(900), Relaxed);
         let known = self.total.load(Relaxed).max(1);
+        let mean = self.sum_us.load(Relaxed) as f64 / self.total.load(Relaxed).max(1) as f64;
+        let squares = counts
+            .iter()
+            .enumerate()
+            .map(|(bucket, count)| (upper(bucket) as f64 - mean).powi(2) * *count as f64);
+        let variance = squares.sum::<f64>() / total as f64;
+        self.deviation_us.store(variance.sqrt() as u64, Relaxed);
         self.mean_us.store((self.sum_us.load(Relaxed) / known).max(1), Relaxed);
         if total >= WINDOW {
             // What others add in between is kept: only what was seen is halved.
@@ -102,6 +111,14 @@ impl ServiceTimes {
 
     pub(in crate::routing) fn p90(&self) -> u64 {
         self.p90_us.load(Relaxed)
+    }
+
+    /// What so many of them take one after the other, so that nine times in ten it is less: the sum
+    /// of their p90, or twice what the law of large numbers leaves of it.
+    pub(in crate::routing) fn sum_of(&self, count: f64) -> f64 {
+        let (mean, deviation) = (self.mean() as f64, self.deviation_us.load(Relaxed) as f64);
+        let likely = count * mean + 1.28 * deviation * count.sqrt();
+        (count * self.p90() as f64).min(2.0 * likely)
     }
 
     pub(in crate::routing) fn mean(&self) -> u64 {

@@ -1,0 +1,135 @@
+//! The bars of the deadline queue, on virtual time and so the same on every machine, with FIFO
+//! beside them.
+
+use std::time::Duration;
+
+use strowger::routing::Policy;
+use strowger_contract::ClassId;
+
+use super::overload::{Crowd, MIX, Report, Service, run};
+
+const SERVICES: [Service; 3] = [Service::Fixed, Service::Exponential, Service::Bimodal];
+const LOADS: [f64; 6] = [0.5, 0.8, 0.95, 1.1, 1.5, 2.0];
+const SEEDS: u64 = 3;
+
+fn line(name: &str, load: f64, report: &Report) {
+    let met: Vec<String> =
+        MIX.iter().map(|(class, _)| format!("{:.3}", report.met(Some(*class)))).collect();
+    println!(
+        "{name:<22} {load:>4} goodput {:.3} met {} wasted {:.4} wait p99 {:.1} ms (tier 0 {:.1}) no after {:.2} ms",
+        report.goodput(),
+        met.join(" "),
+        report.wasted(),
+        report.wait(0.99, false),
+        report.wait(0.99, true),
+        report.median_refusal(),
+    );
+}
+
+fn tier_0(report: &Report) -> f64 {
+    report.met(Some(ClassId::EMERGENCY)).min(report.met(Some(ClassId::IN_SESSION)))
+}
+
+#[test]
+fn under_capacity_every_class_is_met_and_nothing_waits_that_need_not() {
+    for service in SERVICES {
+        for load in LOADS.into_iter().filter(|load| *load < 1.0) {
+            for seed in 0..SEEDS {
+                let report = run(Crowd::new(Policy::Deadline, service, load, seed));
+                line(&format!("deadline {service:?}"), load, &report);
+                for (class, _) in MIX {
+                    let met = report.met(Some(class));
+                    assert!(met >= 0.999, "{service:?} {load} seed {seed}: {class:?} met {met}");
+                }
+                let fifo = run(Crowd::new(Policy::Fifo, service, load, seed));
+                // What a work-conserving queue must wait, all wait; the order adds nothing to it.
+                let (ours, theirs) = (report.mean_wait(), fifo.mean_wait());
+                assert!(ours <= theirs + 1.0, "{service:?} {load} seed {seed}: {ours} {theirs}");
+                let (ours, theirs) = (report.wait(0.99, true), fifo.wait(0.99, true));
+                assert!(ours <= theirs + 1.0, "{service:?} {load} seed {seed}: {ours} {theirs}");
+            }
+        }
+    }
+}
+
+#[test]
+fn over_capacity_the_promise_is_kept_and_the_rest_hears_no_at_once() {
+    for service in SERVICES {
+        for load in LOADS.into_iter().filter(|load| *load > 1.0) {
+            for seed in 0..SEEDS {
+                let report = run(Crowd::new(Policy::Deadline, service, load, seed));
+                line(&format!("deadline {service:?}"), load, &report);
+                let at = format!("{service:?} {load} seed {seed}");
+                assert!(report.goodput() >= 0.95, "{at}: goodput {}", report.goodput());
+                assert!(tier_0(&report) >= 0.999, "{at}: tier 0 {}", tier_0(&report));
+                assert!(report.wasted() <= 0.01, "{at}: wasted {}", report.wasted());
+                let refusal = report.median_refusal();
+                assert!(refusal <= 5.0, "{at}: median refusal after {refusal} ms");
+                assert_eq!(report.inversions, 0, "{at}");
+            }
+            let fifo = run(Crowd::new(Policy::Fifo, service, load, 0));
+            line(&format!("fifo {service:?}"), load, &fifo);
+            assert!(fifo.goodput() < 0.7, "FIFO was to collapse: {}", fifo.goodput());
+        }
+    }
+}
+
+fn spike(policy: Policy, retransmits: bool, seed: u64) -> Report {
+    run(Crowd {
+        spike: Some((Duration::from_secs(4), Duration::from_secs(6), 2.5)),
+        retransmits,
+        lasting: Duration::from_secs(16),
+        ..Crowd::new(policy, Service::Fixed, 0.7, seed)
+    })
+}
+
+#[test]
+fn half_a_second_after_a_spike_all_is_well_again() {
+    let after = |report: &Report| {
+        report.met_between(Duration::from_millis(6_500), Duration::from_millis(8_500))
+    };
+    for seed in 0..SEEDS {
+        for retransmits in [false, true] {
+            let report = spike(Policy::Deadline, retransmits, seed);
+            line(if retransmits { "spike, resending" } else { "spike" }, 2.5, &report);
+            assert!(after(&report) >= 0.99, "seed {seed} {retransmits}: {}", after(&report));
+            let during = report.met_between(Duration::from_secs(4), Duration::from_secs(6));
+            let emergency = report.met(Some(ClassId::EMERGENCY));
+            println!("  during {during:.3}, emergency {emergency:.3}");
+        }
+    }
+    // Clients that send again keep FIFO down long after the spike: ten seconds later it still is.
+    let fifo = spike(Policy::Fifo, true, 0);
+    let later = fifo.met_between(Duration::from_secs(13), Duration::from_secs(15));
+    line("fifo, resending", 2.5, &fifo);
+    assert!(later < 0.5, "FIFO was to stay down: {later}");
+    assert!(after(&spike(Policy::Fifo, false, 0)) < 0.5);
+}
+
+/// Every property that the simulator checks by itself, over many more crowds: several backends with
+/// sessions of their own, spikes, clients that send again, either policy.
+#[test]
+fn every_request_has_one_outcome_and_none_waits_beside_a_free_slot() {
+    for seed in 100..148 {
+        let load = LOADS[seed as usize % LOADS.len()];
+        let report = run(Crowd {
+            backends: [1, 2, 4, 8][seed as usize % 4],
+            retransmits: seed % 3 == 0,
+            spike: (seed % 5 == 0).then_some((
+                Duration::from_secs(1),
+                Duration::from_millis(1_500),
+                3.0,
+            )),
+            lasting: Duration::from_secs(2),
+            warm_up: Duration::ZERO,
+            ..Crowd::new(
+                if seed % 7 == 0 { Policy::Fifo } else { Policy::Deadline },
+                SERVICES[seed as usize % 3],
+                load,
+                seed,
+            )
+        });
+        let ended = report.calls.iter().filter(|call| call.end.is_some()).count();
+        assert_eq!(ended, report.calls.len(), "seed {seed}: arrivals and outcomes");
+    }
+}

@@ -466,7 +466,7 @@ impl World {
                 self.woken[worker].store(false, Ordering::Relaxed);
                 self.routers[worker].grants(now, &mut grants);
                 any |= !grants.is_empty();
-                for grant in grants.drain(..).collect::<Vec<_>>() {
+                for grant in std::mem::take(&mut grants) {
                     match grant {
                         Grant::Go(ticket, route) => {
                             let number =

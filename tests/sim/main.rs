@@ -9,6 +9,7 @@
 //! `STROWGER_SEED=n` replays one seed, `STROWGER_SEEDS=n` runs as many (default 200).
 
 mod diameter;
+mod diameter_mutations;
 mod sip;
 mod world;
 

@@ -229,7 +229,7 @@ fn whole(request: bool, application: u32, command: u32, hop: u32, number: u64) -
             .bytes(97, &[0, 64, 0x20, 1, 0xd, 0xb8, 0, number as u8])
             .text(30, "internet")
             .bytes(284, &[0; 8]);
-        if number % 3 == 0 {
+        if number.is_multiple_of(3) {
             builder = builder.text(code::DESTINATION_HOST, "a.example.net");
         }
     } else {

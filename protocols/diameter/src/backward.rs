@@ -11,6 +11,7 @@ use crate::avp::{FLAG_ERROR, Header, Summary};
 use crate::classify;
 use crate::duplicates;
 use crate::engine::DiameterEngine;
+use crate::mediation::Applied;
 use crate::onward::header_of;
 use crate::overload::{self, About, realm_hash};
 use crate::pending::{Pending, Pendings};
@@ -239,13 +240,23 @@ impl DiameterEngine {
             out.note(Note::Answer { method, class: (code / 1_000).min(9) as u8, backend });
         }
         let strip = self.settings.options.overload.load && summary.tells_load;
+        let client = match pending.origin {
+            Endpoint::Client(_) => self.identity_of(pending.origin),
+            _ => None,
+        };
+        let (changes, mut applied) = (&mut self.changes, Applied::default());
         out.send(pending.origin, ClassId::CONTROL, |bytes| {
             let start = bytes.len();
             rewrite::answer(answer, pending.hop_by_hop, bytes);
             if strip {
                 overload::strip_peer_load(bytes, start);
             }
+            applied = match client {
+                Some(client) => changes.for_client(bytes, start, &client),
+                None => changes.for_backend(bytes, start),
+            };
         });
+        applied.note(out);
         self.keep_answer(now, &pending, answer);
         self.pending.recycle(pending.request);
     }

@@ -7,6 +7,7 @@ use strowger_contract::{BackendId, Endpoint, Outbox, RequestOutcome, Router};
 use crate::SPACE;
 use crate::answer::result;
 use crate::engine::DiameterEngine;
+use crate::mediation::Applied;
 use crate::onward::place_of;
 use crate::pending::{Pending, TRIES_MAX};
 use crate::relay::Asked;
@@ -67,9 +68,14 @@ impl DiameterEngine {
                 self.give_up(now, *pending, what, RequestOutcome::Rejected, router, out);
             }
             Ok(identifier) => {
+                let client = self.identity_of(Endpoint::Client(flow)).unwrap_or_default();
+                let (changes, mut applied) = (&mut self.changes, Applied::default());
                 out.send(Endpoint::Client(flow), class, |bytes| {
+                    let start = bytes.len();
                     rewrite::request(message.bytes, identifier, false, &from, bytes);
+                    applied = changes.for_client(bytes, start, &client);
                 });
+                applied.note(out);
                 self.schedule(now, expires, identifier);
             }
         }

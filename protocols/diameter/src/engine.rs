@@ -14,6 +14,7 @@ use crate::answer::Identity;
 use crate::avp::{Header, Summary};
 use crate::duplicates::Duplicates;
 use crate::matching::{Matcher, Name};
+use crate::mediation::Changes;
 use crate::options::{AnswerTimeout, Application, DiameterOptions, Reroute};
 use crate::overload::Reports;
 use crate::peer::Peer;
@@ -93,6 +94,11 @@ impl Settings {
         }
     }
 
+    /// What is done to messages; the options were checked when they were loaded.
+    fn changes(&self) -> Changes {
+        Changes::new(&self.options.mediation, &self.realm, &mut Vec::new())
+    }
+
     pub(crate) fn identity(&self) -> Identity<'_> {
         Identity { host: &self.options.origin_host, realm: &self.realm }
     }
@@ -130,6 +136,7 @@ pub struct DiameterEngine {
     pub(crate) end_to_end: u32,
     pub(crate) draining: bool,
     pub(crate) lower: Vec<u8>,
+    pub(crate) changes: Changes,
     /// Requests that the router lets wait.
     pub(crate) waiting: HashMap<Ticket, Box<Pending>>,
     pub(crate) reports: Reports,
@@ -146,8 +153,10 @@ pub struct DiameterEngine {
 
 impl DiameterEngine {
     pub(crate) fn new(context: &Context<'_, Diameter>) -> Self {
+        let settings = Settings::new(context);
         Self {
-            settings: Settings::new(context),
+            changes: settings.changes(),
+            settings,
             clients: HashMap::new(),
             backends: HashMap::new(),
             pending: Pendings::new(context.worker),
@@ -170,6 +179,7 @@ impl DiameterEngine {
 
     pub(crate) fn reconfigure(&mut self, context: &Context<'_, Diameter>) {
         self.settings = Settings::new(context);
+        self.changes = self.settings.changes();
     }
 
     /// The peer at the other end, if it has one's machine here.

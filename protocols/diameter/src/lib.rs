@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`avp`] | header and AVPs, every length checked |
 //! | [`frame`] | cuts streams |
+//! | [`mediation`] | rules that change AVPs, and pseudonyms of hosts |
 //! | [`build`] | messages of our own |
 //! | [`dictionary`] | names of applications, commands and AVPs, from files |
 //! | [`decode`] | messages in words |
@@ -31,6 +32,7 @@ mod duplicates;
 mod engine;
 pub mod frame;
 mod matching;
+pub mod mediation;
 mod onward;
 pub mod options;
 mod overload;

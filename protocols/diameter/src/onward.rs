@@ -13,6 +13,7 @@ use crate::avp::{FLAG_RETRANSMITTED, Header, Summary};
 use crate::classify;
 use crate::duplicates;
 use crate::engine::DiameterEngine;
+use crate::mediation::Applied;
 use crate::overload::{About, realm_hash, tell_features};
 use crate::pending::{Pending, TRIES_MAX};
 use crate::relay::{Asked, note, words};
@@ -168,8 +169,12 @@ impl DiameterEngine {
         let (message, end_to_end) = (asked.message, asked.header.end_to_end);
         if let Some(answer) = self.duplicates.find(duplicates::key(host, end_to_end)) {
             out.note(Note::Count("diameter_duplicates_answered"));
+            let client = self.identity_of(message.from).unwrap_or_default();
+            let changes = &mut self.changes;
             out.send(message.from, ClassId::CONTROL, |bytes| {
-                rewrite::answer(&answer, asked.header.hop_by_hop, bytes)
+                let start = bytes.len();
+                rewrite::answer(&answer, asked.header.hop_by_hop, bytes);
+                changes.for_client(bytes, start, &client);
             });
             let outcome = RequestOutcome::Met;
             note(now, message.arrived, asked.class, outcome, None, std::time::Duration::ZERO, out);
@@ -439,14 +444,19 @@ impl DiameterEngine {
             }
         };
         let Some(pending) = self.pending.get(identifier) else { return };
-        let mut fits = true;
+        let (mut fits, mut applied) = (true, Applied::default());
+        let changes = &mut self.changes;
         out.send(to, class, |bytes| {
             let start = bytes.len();
             fits = rewrite::request(&pending.request, identifier, pending.resent, &from, bytes);
             if fits && doic && !Summary::of(&pending.request).tells_features {
                 tell_features(bytes, start);
             }
+            if fits {
+                applied = changes.for_backend(bytes, start);
+            }
         });
+        applied.note(out);
         if fits {
             return self.schedule(now, expires, identifier);
         }

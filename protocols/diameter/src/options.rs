@@ -73,6 +73,8 @@ pub struct DiameterOptions {
     pub origin_realm: String,
     /// RFC 6733 5.3.7.
     pub product_name: String,
+    /// Changes to the messages that pass.
+    pub mediation: crate::mediation::MediationOptions,
     /// Applications to advertise before any backend has told its own.
     pub applications: Vec<Application>,
     /// Advertise the relay application as well (RFC 6733 2.4).
@@ -214,6 +216,7 @@ impl Default for DiameterOptions {
             origin_host: String::new(),
             origin_realm: String::new(),
             product_name: "Strowger".to_owned(),
+            mediation: crate::mediation::MediationOptions::default(),
             applications: Vec::new(),
             advertise_relay: true,
             watchdog: Span::secs(30),
@@ -305,6 +308,12 @@ pub(crate) fn check(scope: &Scope<DiameterMatch>, options: &DiameterOptions) -> 
         for (path, message) in route.check() {
             wrong(format!("routes[{index}].match.{path}"), message);
         }
+    }
+    let realm = if options.origin_realm.is_empty() { &scope.realm } else { &options.origin_realm };
+    let mut unfit = Vec::new();
+    let _checked = crate::mediation::Changes::new(&options.mediation, realm, &mut unfit);
+    for error in unfit {
+        wrong(error.path, error.message);
     }
     let mut names = |path: String, list: &[Application]| {
         for (index, application) in

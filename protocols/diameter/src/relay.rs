@@ -43,7 +43,15 @@ impl DiameterEngine {
             return;
         }
         if header.is_request() {
-            self.on_request(now, message, &header, router, out);
+            let from_client = matches!(message.from, Endpoint::Client(_));
+            match if from_client { self.changes.revealed(bytes) } else { None } {
+                Some(bytes) => {
+                    let message = Message { bytes: &bytes, ..*message };
+                    self.on_request(now, &message, &header, router, out);
+                    self.changes.recycle(bytes);
+                }
+                None => self.on_request(now, message, &header, router, out),
+            }
         } else {
             self.on_answer(now, message, &header, router, out);
         }

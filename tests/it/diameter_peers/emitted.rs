@@ -61,7 +61,7 @@ fn told(builder: Builder<'_>, application: u32) -> Builder<'_> {
 }
 
 /// A server that answers all but credit control while it is mute.
-fn server(port: u16, host: &'static str) -> Arc<AtomicBool> {
+pub(super) fn server(port: u16, host: &'static str) -> Arc<AtomicBool> {
     let mute = Arc::new(AtomicBool::new(false));
     let quiet = Arc::clone(&mute);
     let listener = TcpListener::bind(("127.0.0.1", port)).expect("a free port");
@@ -82,13 +82,13 @@ fn server(port: u16, host: &'static str) -> Arc<AtomicBool> {
     mute
 }
 
-struct Client {
+pub(super) struct Client {
     stream: TcpStream,
     buffer: Vec<u8>,
 }
 
 impl Client {
-    fn connect(port: u16) -> Self {
+    pub(super) fn connect(port: u16) -> Self {
         let stream = TcpStream::connect(("127.0.0.1", port)).expect("somebody listens");
         stream.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
         Self { stream, buffer: Vec::new() }
@@ -110,7 +110,7 @@ impl Client {
     }
 
     /// Introduces itself; the Result-Code that it is told.
-    fn introduce(&mut self, host: &str, application: u32) -> Option<u32> {
+    pub(super) fn introduce(&mut self, host: &str, application: u32) -> Option<u32> {
         let mut cer = Vec::new();
         let builder = Builder::new(&mut cer, FLAG_REQUEST, CER, 0, 1, 1)
             .text(code::ORIGIN_HOST, host)
@@ -120,13 +120,13 @@ impl Client {
         Summary::of(&self.next()?).result_code
     }
 
-    fn ask(&mut self, message: &[u8]) -> Option<u32> {
+    pub(super) fn ask(&mut self, message: &[u8]) -> Option<u32> {
         self.send(message);
         Summary::of(&self.next().expect("an answer")).result_code
     }
 }
 
-fn ccr(session: &str, application: u32, extra: &[(u32, &str)]) -> Vec<u8> {
+pub(super) fn ccr(session: &str, application: u32, extra: &[(u32, &str)]) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut builder = Builder::request(&mut bytes, CCR, application, 9, 10)
         .text(code::SESSION_ID, session)

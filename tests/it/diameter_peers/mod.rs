@@ -3,6 +3,7 @@
 
 mod emitted;
 mod freediameter;
+mod mediation;
 mod stacks;
 mod tap;
 

@@ -13,26 +13,28 @@ const CLASSES_MAX: usize = 64;
 /// RFC 3261: nobody waits longer than 64 x T1.
 const DEADLINE_MAX: Duration = Duration::from_secs(32);
 
+/// `queue_max`, at most: what waits costs memory, and what waits behind a million is late.
+const QUEUE_MAX: u64 = 1_000_000;
+
 /// Reads `classes`.
 pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>) {
     const KEYS: [&str; 6] = ["tier", "deadline", "retry", "share_min", "queue_max", "on_miss"];
     for entry in reader.named(node, "classes") {
         let path = join("classes", &entry.key);
         let Some(fields) = reader.fields(&entry.value, &path, &KEYS) else { continue };
-        for key in ["share_min", "queue_max", "on_miss"] {
-            fields.unsupported(reader, key, "queueing is");
-        }
+        fields.unsupported(reader, "on_miss", "anything but an answer to what is refused is");
         let Some(index) = place_of(reader, classes, &entry.key, &entry.value, &path) else {
             continue;
         };
         let class = &mut classes[index];
-        if let Some(tier) = fields.number(reader, "tier", 0, 3)
-            && class.tier != tier as u8
-        {
+        if let Some(tier) = fields.number(reader, "tier", 0, 3) {
             class.tier = tier as u8;
-            reader
-                .warnings
-                .push(format!("{path}.tier orders nothing yet: this version has no queues"));
+        }
+        if let Some(share) = fields.number(reader, "share_min", 0, 100) {
+            class.share_min = share as u8;
+        }
+        if let Some(most) = fields.number(reader, "queue_max", 0, QUEUE_MAX) {
+            class.queue_max = most as u32;
         }
         if let Some(deadline) = fields.duration(reader, "deadline") {
             if deadline.is_zero() || deadline > DEADLINE_MAX {
@@ -47,6 +49,11 @@ pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>
         if let Some(retry) = fields.number(reader, "retry", 0, 3) {
             class.retry = retry as u8;
         }
+    }
+    let kept: u32 = classes.iter().map(|class| u32::from(class.share_min)).sum();
+    if kept > 100 {
+        let message = format!("the classes' share_min sum up to {kept}; there are 100 percent");
+        reader.wrong(node, "classes", message);
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::Value;
 use strowger_contract::{ClassId, duration};
 
 use super::Loaded;
-use super::pools::BALANCES;
+use super::pools::{BALANCES, POLICIES};
 use super::tree::{self, Node, Step};
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{BackendSpec, ListenerSpec, PoolSpec};
@@ -43,6 +43,8 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
             ("tier", number(class.tier)),
             ("deadline", class.deadline.map_or_else(null, time)),
             ("retry", number(class.retry)),
+            ("share_min", number(class.share_min)),
+            ("queue_max", number(class.queue_max)),
         ]);
         (class.name.to_string(), values)
     });
@@ -133,6 +135,7 @@ fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
 
 fn pool(spec: &PoolSpec) -> Shown {
     let balance = BALANCES.iter().find(|(_, balance)| *balance == spec.balance);
+    let policy = POLICIES.iter().find(|(_, policy)| *policy == spec.qos.policy);
     let health = &spec.health;
     map([
         ("balance", text(balance.map_or("hash", |(name, _)| name))),
@@ -157,6 +160,13 @@ fn pool(spec: &PoolSpec) -> Shown {
                 ("faults", number(health.outlier_faults)),
                 ("ejection", time(health.outlier_ejection)),
                 ("max_percent", number(health.outlier_max_percent)),
+            ]),
+        ),
+        (
+            "qos",
+            map([
+                ("policy", text(policy.map_or("deadline", |(name, _)| name))),
+                ("adaptive", Shown::Plain(spec.qos.adaptive.to_string())),
             ]),
         ),
         ("slow_start", time(spec.slow_start)),

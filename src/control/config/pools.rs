@@ -8,7 +8,7 @@ use strowger_contract::Transport;
 use super::endpoint::endpoint;
 use super::read::{Fields, Reader};
 use super::tree::{Entry, Node};
-use crate::routing::{BackendSpec, Balance, HealthSpec, InstanceState, PoolSpec, QosSpec};
+use crate::routing::{BackendSpec, Balance, HealthSpec, InstanceState, Policy, PoolSpec, QosSpec};
 
 /// Backends in one pool, at most: the Maglev table is meant for hundreds of places each.
 const BACKENDS_MAX: usize = 20_000;
@@ -27,6 +27,10 @@ pub(super) const BALANCES: [(&str, Balance); 5] = [
     ("round-robin", Balance::RoundRobin),
     ("priority", Balance::Priority),
 ];
+
+/// How `qos.policy` is written.
+pub(super) const POLICIES: [(&str, Policy); 2] =
+    [("deadline", Policy::Deadline), ("fifo", Policy::Fifo)];
 
 /// How `state` is written. `gone` is not: one leaves it out instead.
 const STATES: [(&str, InstanceState); 5] = [
@@ -68,8 +72,8 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         "bind_keys",
     ];
     let fields = reader.fields(&entry.value, path, &KEYS)?;
-    fields.unsupported(reader, "qos", "queueing is");
     let mut pool = default_pool(&entry.key);
+    qos(reader, &fields, &mut pool.qos);
     pool.balance = fields.choice(reader, "balance", &BALANCES).unwrap_or_default();
     bounded_load(reader, &fields, &mut pool);
     session(reader, &fields, &mut pool);
@@ -137,6 +141,15 @@ fn bounded_load(reader: &mut Reader, fields: &Fields<'_>, pool: &mut PoolSpec) {
         let path = fields.path_of("bounded_load");
         reader.wrong(fields.node_of("bounded_load"), &path, "goes with `balance: hash` only");
     }
+}
+
+fn qos(reader: &mut Reader, fields: &Fields<'_>, qos: &mut QosSpec) {
+    let Some(node) = fields.get("qos") else { return };
+    let path = fields.path_of("qos");
+    let Some(inner) = reader.fields(node, &path, &["policy", "adaptive"]) else { return };
+    set(&mut qos.policy, inner.choice(reader, "policy", &POLICIES));
+    let switch = [("true", true), ("false", false)];
+    set(&mut qos.adaptive, inner.choice(reader, "adaptive", &switch));
 }
 
 fn session(reader: &mut Reader, fields: &Fields<'_>, pool: &mut PoolSpec) {

@@ -33,13 +33,14 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "session": map(json!({ "key": { "type": "string" }, "ttl": duration })),
         "health": map(json!({ "probe": { "type": ["string", "null"] }, "interval": duration, "timeout": duration, "rise": number(1, 1_000), "fall": number(1, 1_000) })),
         "outlier": map(json!({ "faults": number(0, 1_000_000), "ejection": duration, "max_percent": number(0, 100) })),
+        "qos": map(json!({ "policy": { "enum": ["deadline", "fifo"] }, "adaptive": { "type": "boolean" } })),
         "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
         "drain": map(json!({ "deadline": duration })),
         "bind_keys": { "type": "array", "items": { "enum": bind_keys } },
         "backends": { "type": "array", "items": backend }
     }));
     let class = map(json!({
-        "tier": number(0, 3), "deadline": duration, "retry": number(0, 3), "on_miss": { "enum": ["answer", "drop", "reset"] }
+        "tier": number(0, 3), "deadline": duration, "retry": number(0, 3), "share_min": number(0, 100), "queue_max": number(0, 1_000_000)
     }));
     let workers = json!({ "anyOf": [{ "const": "auto" }, number(1, 64)] });
     json!({

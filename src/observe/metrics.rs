@@ -81,12 +81,17 @@ struct Families {
     engine_panics: IntCounterVec,
 }
 
-fn counter(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+pub(super) fn counter(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> IntCounterVec {
     let family = IntCounterVec::new(Opts::new(name, help), labels);
     register(registry, family)
 }
 
-fn gauge(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+pub(super) fn gauge(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
     let family = IntGaugeVec::new(Opts::new(name, help), labels);
     register(registry, family)
 }
@@ -447,6 +452,7 @@ fn pools_registry(pools: &[PoolView], sessions: &SessionsView) -> Registry {
     );
     let panic =
         gauge(&registry, "strowger_pool_panic", "1 while load is spread over all", &["pool"]);
+    super::qos::register(&registry, pools);
     for pool in pools {
         panic.with_label_values(&[&pool.name]).set(i64::from(pool.panic));
         for backend in &pool.backends {

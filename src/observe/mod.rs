@@ -6,6 +6,7 @@ mod hep;
 mod log;
 mod metrics;
 mod pcap;
+mod qos;
 mod sinks;
 mod tap;
 mod traces;

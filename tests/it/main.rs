@@ -10,6 +10,7 @@ mod diameter_agent;
 mod diameter_peers;
 mod harness;
 mod load;
+mod qos;
 mod reload;
 mod sip;
 mod tcp;

@@ -1,0 +1,133 @@
+//! Slots, queues and refusals through the real binary.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use crate::harness::{Edge, free_port, has};
+
+/// Greets each connection and keeps it until its client goes.
+fn greet(port: u16) {
+    let listener = TcpListener::bind(("127.0.0.1", port)).expect("a free port");
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            thread::spawn(move || {
+                let _gone = stream.write_all(b"a");
+                while stream.read(&mut [0; 64]).is_ok_and(|count| count > 0) {}
+            });
+        }
+    });
+}
+
+fn connect(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port)).expect("the edge accepts");
+    stream.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+    stream
+}
+
+/// What comes first: a byte, or the end.
+fn first(stream: &mut TcpStream) -> Option<u8> {
+    let mut byte = [0];
+    stream.read(&mut byte).ok().filter(|&count| count == 1).map(|_| byte[0])
+}
+
+fn config(port: u16, backend: u16, policy: &str) -> String {
+    format!(
+        "version: 1\nnode: {{ workers: 2 }}\nadmin: {{ listen: ADMIN }}\nclasses:\n  setup: {{ queue_max: 2 }}\nlisteners:\n  - {{ name: db, protocol: tcp, bind: [tcp://127.0.0.1:{port}], pool: db, options: {{ connect_timeout: 20s }} }}\npools:\n  db:\n    qos: {{ policy: {policy} }}\n    backends:\n      - {{ id: a, address: tcp://127.0.0.1:{backend}, capacity: 1 }}\n"
+    )
+}
+
+#[test]
+fn a_connection_waits_for_a_slot_and_too_many_are_refused_at_once() {
+    let (port, backend) = (free_port(), free_port());
+    greet(backend);
+    let edge = Edge::start(&config(port, backend, "deadline"));
+    let mut one = connect(port);
+    assert_eq!(first(&mut one), Some(b'a'));
+    let mut waiting = [connect(port), connect(port)];
+    let at = ["pool=\"db\"", "class=\"setup\""];
+    edge.until("two wait", |edge| edge.metric("strowger_queue_depth", &at) == 2.0);
+    // The lane has room for two: the next hears no at once, and the bound tells its name.
+    assert_eq!(first(&mut connect(port)), None);
+    let full = ["pool=\"db\"", "reason=\"lane_full\""];
+    assert_eq!(edge.metric("strowger_queue_refused_total", &full), 1.0);
+    edge.until("the log has it", |edge| {
+        let log = edge.log();
+        log.contains("bound_hit") && log.contains("queue_max") && log.contains("request_refused")
+    });
+    // A slot that is given back, on whichever worker, goes to the next.
+    one.shutdown(Shutdown::Both).expect("shut down");
+    drop(one);
+    waiting[0].set_nonblocking(true).expect("an option");
+    waiting[1].set_nonblocking(true).expect("an option");
+    let mut served = None;
+    for _ in 0..3_000 {
+        served = waiting.iter_mut().position(|stream| first(stream) == Some(b'a'));
+        if served.is_some() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let served = served.expect("one of them is served");
+    waiting[served].shutdown(Shutdown::Both).expect("shut down");
+    let other = &mut waiting[1 - served];
+    other.set_nonblocking(false).expect("an option");
+    assert_eq!(first(other), Some(b'a'));
+    edge.until("none waits", |edge| edge.metric("strowger_queue_depth", &at) == 0.0);
+    assert_eq!(edge.metric("strowger_queue_granted_total", &at), 2.0);
+    let view = edge.json("/api/v1/pools/db");
+    assert_eq!(view["qos"]["policy"], "deadline");
+}
+
+#[test]
+fn a_fifo_pool_lets_all_of_them_wait() {
+    let (port, backend) = (free_port(), free_port());
+    greet(backend);
+    let edge = Edge::start(&config(port, backend, "fifo"));
+    let mut streams: Vec<TcpStream> = (0..8).map(|_| connect(port)).collect();
+    let at = ["pool=\"db\"", "class=\"setup\""];
+    edge.until("seven wait", |edge| edge.metric("strowger_queue_depth", &at) == 7.0);
+    for stream in &streams {
+        stream.set_nonblocking(true).expect("an option");
+    }
+    let mut served = 0;
+    for _ in 0..6_000 {
+        if let Some(next) = streams.iter_mut().position(|stream| first(stream) == Some(b'a')) {
+            streams.swap_remove(next);
+            served += 1;
+        } else {
+            thread::sleep(Duration::from_millis(5));
+        }
+        if streams.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(served, 8);
+}
+
+#[test]
+fn the_rules_for_prometheus_say_what_they_should() {
+    if !has("promtool") {
+        return;
+    }
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/config/prometheus");
+    let output = Command::new("promtool")
+        .args(["test", "rules", "rules_test.yml"])
+        .current_dir(folder)
+        .output()
+        .expect("promtool runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    // Each metric that the rules ask for is one of ours.
+    let rules = std::fs::read_to_string(format!("{folder}/rules.yml")).expect("rules");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/observe");
+    let read = |name: &str| std::fs::read_to_string(format!("{source}/{name}")).expect("a source");
+    let known = read("metrics.rs") + &read("qos.rs");
+    let names = rules.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    for name in names.filter(|name| name.starts_with("strowger_")) {
+        let family = name.trim_end_matches("_bucket");
+        assert!(known.contains(&format!("\"{family}\"")), "{name} is no metric of ours");
+    }
+}

@@ -137,10 +137,10 @@ impl Histograms {
             bucket.set_cumulative_count(count);
             bucket
         });
-        proto.set_bucket(buckets.collect::<Vec<_>>().into());
+        proto.set_bucket(buckets.collect());
         let mut metric = Metric::default();
         // Labels stand in the order of their names.
-        metric.set_label(vec![label("class", class), label("pool", pool)].into());
+        metric.set_label(vec![label("class", class), label("pool", pool)]);
         metric.set_histogram(proto);
         self.family.mut_metric().push(metric);
     }

@@ -65,6 +65,7 @@ fn context_scope<M>(pool: PoolId, transport: Transport) -> Scope<M> {
             transport,
             address: EDGE.parse().expect("an address"),
             advertise: None,
+            mode: None,
         }],
         routes: Vec::new(),
         pool: Some(pool),

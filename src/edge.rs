@@ -174,6 +174,7 @@ impl Edge {
         let backend: Arc<dyn AdminBackend> = Arc::clone(&self.inner) as _;
         self.spawn(admin::serve(listener, backend, token, self.stop.clone()));
         self.spawn(tick(Arc::clone(&self.inner)));
+        self.spawn(follow_certificates(Arc::clone(&self.inner)));
         let makers = Arc::clone(&self.inner);
         let make: probes::ProbeMaker = Arc::new(move |name| {
             makers.protocols.configurers().iter().find_map(|protocol| protocol.probe(name))
@@ -324,6 +325,17 @@ fn existing(paths: &[PathBuf]) -> Vec<PathBuf> {
     paths.iter().filter(|path| path.exists()).cloned().collect()
 }
 
+/// Certificates, keys, authorities and OCSP answers that changed. They are few and small, and a
+/// look tells a rename, a symlink's swap and an in-place write alike.
+async fn follow_certificates(inner: Arc<Inner>) {
+    const EVERY: Duration = Duration::from_secs(1);
+    let mut ticks = tokio::time::interval(EVERY);
+    loop {
+        ticks.tick().await;
+        inner.refresh_certificates();
+    }
+}
+
 async fn tick(inner: Arc<Inner>) {
     let mut ticks = tokio::time::interval(TICK);
     loop {
@@ -395,9 +407,23 @@ impl Inner {
         }
     }
 
+    fn refresh_certificates(&self) {
+        let store = Arc::clone(self.fleet().tls());
+        for (files, result) in store.refresh() {
+            let (level, name, detail) = match result {
+                Ok(()) => (Level::Info, "certificates_reloaded", files),
+                Err(why) => {
+                    (Level::Warn, "certificates_rejected", format!("the old ones stay: {why}"))
+                }
+            };
+            self.events.emit(Event::node(level, name, detail));
+        }
+    }
+
     fn reload(&self, why: &str) -> bool {
         // What rotates logs moves the file away and says so by SIGHUP.
         self.sinks.calls.reopen();
+        self.refresh_certificates();
         if let ConfigSource::Paths(paths) = &self.source {
             let mut paths = paths.clone();
             paths.extend(existing(&self.active().loaded.watch));
@@ -457,7 +483,8 @@ impl Inner {
 
 fn bind_failure(failure: &BindFailure) -> String {
     let BindFailure { listener, socket, error } = failure;
-    format!("listener {listener}: {}://{}: {error}", socket.transport.scheme(), socket.address)
+    let place = strowger_contract::unix::shown(socket.transport, socket.address);
+    format!("listener {listener}: {place}: {error}")
 }
 
 impl AdminBackend for Inner {

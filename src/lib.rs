@@ -15,6 +15,7 @@
 //! |---|---|
 //! | [`routing`] | pure: pools, affinity, balancing, health, snapshot, plan |
 //! | [`runtime`] | workers, UDP, TCP, links to backends, hand-over; `runtime::sys` has the only unsafe code |
+//! | [`tls`] | certificates and keys, from files to rustls |
 //! | [`control`] | configuration, watcher, probes, registry, admin HTTP |
 //! | [`observe`] | metrics, events, logs |
 //! | [`protocols`] | the one list of protocols |
@@ -33,3 +34,4 @@ pub mod observe;
 pub mod protocols;
 pub mod routing;
 pub mod runtime;
+pub mod tls;

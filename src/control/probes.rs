@@ -106,6 +106,11 @@ async fn ask(
     nonce: u64,
 ) -> Found {
     match (probe, transport) {
+        (None, Transport::Unix) => {
+            let path = strowger_contract::unix::path(address).ok_or("unknown path")?;
+            let socket = tokio::net::UnixStream::connect(&*path).await;
+            socket.map(drop).map_err(|error| connect_word(&error))
+        }
         (None, _) => {
             TcpStream::connect(address).await.map(drop).map_err(|error| connect_word(&error))
         }

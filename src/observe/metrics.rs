@@ -79,6 +79,8 @@ struct Families {
     handed_over: IntCounterVec,
     send_failures: IntCounterVec,
     engine_panics: IntCounterVec,
+    handshakes: IntCounterVec,
+    handshake_failures: IntCounterVec,
 }
 
 pub(super) fn counter(
@@ -221,6 +223,18 @@ impl Metrics {
                 "strowger_send_failures_total",
                 "Messages that could not be sent",
                 &["listener", "reason"],
+            ),
+            handshakes: counter(
+                &registry,
+                "strowger_tls_handshakes_total",
+                "TLS handshakes that succeeded, by side, version, and whether a session was resumed",
+                &["listener", "side", "version", "resumed"],
+            ),
+            handshake_failures: counter(
+                &registry,
+                "strowger_tls_handshake_failures_total",
+                "TLS handshakes that failed, and why",
+                &["listener", "side", "reason"],
             ),
             engine_panics: counter(
                 &registry,
@@ -404,6 +418,22 @@ impl Metrics {
             sums.into_iter().map(|((class, outcome), count)| (class, outcome, count)).collect();
         list.sort();
         list
+    }
+
+    /// A TLS handshake succeeded on `side` (`client` or `backend`).
+    pub fn tls_handshake(&self, listener: &str, side: &str, session: &rustls::Connection) {
+        let version = match session.protocol_version() {
+            Some(rustls::ProtocolVersion::TLSv1_3) => "1.3",
+            _ => "1.2",
+        };
+        let resumed = session.handshake_kind() == Some(rustls::HandshakeKind::Resumed);
+        let labels = [listener, side, version, if resumed { "yes" } else { "no" }];
+        self.families.handshakes.with_label_values(&labels).inc();
+    }
+
+    /// A TLS handshake failed; `reason` is one of [`crate::tls::Failure`]'s words.
+    pub fn tls_failure(&self, listener: &str, side: &str, reason: &str) {
+        self.families.handshake_failures.with_label_values(&[listener, side, reason]).inc();
     }
 
     /// All of it in Prometheus's text format.

@@ -10,7 +10,7 @@ use strowger_contract::{BackendId, Class, ClassId, Pin, PoolId};
 use super::balance::{MAGLEV_FROM, Maglev};
 use super::live::{BackendLive, identity_hash};
 use super::qos::PoolQos;
-use super::spec::{BackendSpec, InstanceState, ListenerSpec, NodeSpec, PoolSpec};
+use super::spec::{BackendSpec, InstanceState, ListenerSpec, NodeSpec, PoolSpec, TlsClientSpec};
 
 /// One immutable picture. Workers look at it; what changes from moment to moment is in each
 /// backend's [`BackendLive`].
@@ -240,6 +240,19 @@ impl Snapshot {
     #[must_use]
     pub fn backend(&self, backend: BackendId) -> Option<&Arc<Backend>> {
         self.backends.get(&backend)
+    }
+
+    /// How a backend behind `tls://` is spoken to, as its pool says.
+    #[must_use]
+    pub fn backend_tls(&self, backend: BackendId) -> Option<Arc<TlsClientSpec>> {
+        let backend = self.backend(backend)?;
+        self.pool(backend.pool)?.spec.tls.clone()
+    }
+
+    /// What a backend must call itself, if the configuration says so.
+    #[must_use]
+    pub fn backend_identity(&self, backend: BackendId) -> Option<String> {
+        self.backend(backend)?.spec.identity.clone()
     }
 
     /// A backend's pool and instance id.

@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,6 +83,8 @@ pub struct PoolSpec {
     pub bind_places: Vec<u8>,
     /// What happens when all slots are taken.
     pub qos: QosSpec,
+    /// How backends behind `tls://` are spoken to.
+    pub tls: Option<Arc<TlsClientSpec>>,
     /// The backends.
     pub backends: Vec<BackendSpec>,
 }
@@ -193,6 +196,8 @@ pub struct ListenerSpec {
     pub sockets: Vec<LocalSocket>,
     /// The pools its messages may go to.
     pub pools: Vec<PoolId>,
+    /// How clients of `tls://` and `wss://` are spoken to.
+    pub tls: Option<Arc<TlsServerSpec>>,
     /// Bounds.
     pub limits: ListenerLimits,
     /// The protocol's typed setup (`Setup<P>` in `runtime`), opaque to the core.
@@ -209,6 +214,85 @@ impl std::fmt::Debug for ListenerSpec {
             .field("sockets", &self.sockets)
             .finish_non_exhaustive()
     }
+}
+
+/// The oldest version of TLS that is spoken.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TlsVersion {
+    /// RFC 5246.
+    #[default]
+    V1_2,
+    /// RFC 8446.
+    V1_3,
+}
+
+/// Whether clients must show a certificate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ClientAuth {
+    /// None is asked for.
+    #[default]
+    Off,
+    /// One is asked for; who shows none is let in without.
+    Optional,
+    /// Nobody is let in without.
+    Required,
+}
+
+/// What of a backend's certificate is checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Verify {
+    /// Its chain, and that it names the backend.
+    #[default]
+    Name,
+    /// Its chain only.
+    Authority,
+    /// Nothing.
+    None,
+}
+
+/// A certificate's files, PEM.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TlsCertificate {
+    /// The chain, its own certificate first.
+    pub certificate: PathBuf,
+    /// Its private key.
+    pub key: PathBuf,
+    /// An OCSP answer to staple, DER.
+    pub ocsp: Option<PathBuf>,
+}
+
+/// How TLS clients are spoken to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TlsServerSpec {
+    /// Chosen by SNI; the first for all others.
+    pub certificates: Vec<TlsCertificate>,
+    /// Whether clients must show a certificate.
+    pub client: ClientAuth,
+    /// Who vouches for clients.
+    pub client_ca: Option<PathBuf>,
+    /// What may be agreed on, by preference.
+    pub alpn: Vec<String>,
+    /// The oldest version.
+    pub min_version: TlsVersion,
+    /// How long a handshake may take.
+    pub handshake: Duration,
+}
+
+/// How TLS backends are spoken to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TlsClientSpec {
+    /// Who vouches for backends.
+    pub ca: Option<PathBuf>,
+    /// What their certificates must name; `None`: their `origin_host`, else their address.
+    pub name: Option<String>,
+    /// What is checked.
+    pub verify: Verify,
+    /// Our certificate's chain and key, for backends that ask for one.
+    pub certificate: Option<(PathBuf, PathBuf)>,
+    /// What is offered.
+    pub alpn: Vec<String>,
+    /// The oldest version.
+    pub min_version: TlsVersion,
 }
 
 /// A listener's bounds. Each hit is counted.

@@ -146,7 +146,7 @@ impl Core {
         PoolBackendView {
             id: backend.spec.id.clone(),
             generation: backend.spec.generation,
-            address: format!("{}://{}", backend.spec.transport.scheme(), backend.spec.address),
+            address: strowger_contract::unix::shown(backend.spec.transport, backend.spec.address),
             state: backend.state().word(),
             health: live.health_word(now, backend.needs_link),
             weight: backend.spec.weight,

@@ -2,6 +2,9 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use socket2::{Domain, Protocol, Socket, Type};
 use strowger_contract::{LocalSocket, Transport};
@@ -20,6 +23,9 @@ const BACKLOG: i32 = 1_024;
 /// # Errors
 /// The address is in use by another process, is not ours, or needs rights that we lack.
 pub(crate) fn bind(socket: &LocalSocket, workers: usize) -> io::Result<Vec<BoundSocket>> {
+    if socket.transport == Transport::Unix {
+        return bind_unix(socket, workers);
+    }
     probe(socket)?;
     let mut wanted = socket.clone();
     let mut bound = Vec::with_capacity(workers);
@@ -41,17 +47,52 @@ fn probe(socket: &LocalSocket) -> io::Result<()> {
 fn bind_one(local: &LocalSocket, reuse_port: bool) -> io::Result<BoundSocket> {
     match local.transport {
         Transport::Udp => bind_datagram(local.address, reuse_port).map(BoundSocket::Datagram),
-        Transport::Tcp => {
+        Transport::Tcp | Transport::Tls => {
             let listener = bind_stream(local.address, reuse_port)?;
             Ok(BoundSocket::Stream(listener, local.transport))
         }
         other => Err(io::Error::new(
             io::ErrorKind::Unsupported,
             format!(
-                "{}:// is not supported in this version; udp:// and tcp:// are",
+                "{}:// is not supported in this version; udp://, tcp:// and tls:// are",
                 other.scheme()
             ),
         )),
+    }
+}
+
+/// One socket that all workers accept from: unix sockets have no SO_REUSEPORT.
+fn bind_unix(local: &LocalSocket, workers: usize) -> io::Result<Vec<BoundSocket>> {
+    let path = strowger_contract::unix::path(local.address)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "an unknown path"))?;
+    let listener = match UnixListener::bind(&*path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            forsaken(Path::new(&*path))?;
+            UnixListener::bind(&*path)
+        }
+        result => result,
+    }?;
+    listener.set_nonblocking(true)?;
+    if let Some(mode) = local.mode {
+        std::fs::set_permissions(&*path, std::fs::Permissions::from_mode(mode))?;
+    }
+    (0..workers)
+        .map(|_| listener.try_clone().map(|socket| BoundSocket::Unix(socket, local.address)))
+        .collect()
+}
+
+/// Removes a socket file that nobody listens at: a process that was killed leaves it behind. What
+/// is no socket, or what somebody listens at, stays.
+fn forsaken(path: &Path) -> io::Result<()> {
+    if !std::fs::metadata(path)?.file_type().is_socket() {
+        let message = format!("`{}` exists and is no socket", path.display());
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, message));
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path)
+        }
+        _ => Err(io::ErrorKind::AddrInUse.into()),
     }
 }
 
@@ -93,7 +134,7 @@ mod tests {
     use super::*;
 
     fn local(transport: Transport, address: SocketAddr) -> LocalSocket {
-        LocalSocket { transport, address, advertise: None }
+        LocalSocket { transport, address, advertise: None, mode: None }
     }
 
     #[test]

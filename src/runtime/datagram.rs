@@ -11,7 +11,7 @@ use strowger_contract::Outbox;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-use super::sys::{RecvBatch, SendBatch};
+use super::sys::{RecvBatch, SendBatch, SendError, keep_errors, next_error};
 
 /// Datagrams per system call. 32 spread the call's cost thin (measured elsewhere: the gain beyond
 /// is under 3 %) and keep the time between two looks at the clock short.
@@ -20,6 +20,9 @@ pub(crate) const BATCH: usize = 32;
 /// Bytes that wait for the kernel's send buffer, at most. UDP may lose; holding more would only
 /// add delay.
 const BACKLOG_BYTES_MAX: usize = 4 << 20;
+
+/// Errors that are taken from the queue together, at most: a flood of ICMP must not hold the worker.
+const ERRORS_PER_TURN: usize = 64;
 
 /// The socket.
 pub(crate) struct DatagramPort {
@@ -53,6 +56,8 @@ impl DatagramPort {
     /// Wraps a bound, non-blocking socket.
     pub(crate) fn new(socket: StdUdpSocket, index: u16) -> io::Result<Self> {
         let local = socket.local_addr()?;
+        // Without it a backend that is gone would only be found out by its silence.
+        keep_errors(socket.as_fd(), local.is_ipv6())?;
         Ok(Self {
             socket: UdpSocket::from_std(socket)?,
             local,
@@ -66,9 +71,30 @@ impl DatagramPort {
         })
     }
 
-    /// Waits for datagrams and receives a batch of them; how many came.
-    pub(crate) async fn receive(&self, batch: &mut RecvBatch) -> io::Result<usize> {
-        self.socket.async_io(Interest::READABLE, || batch.receive(self.socket.as_fd())).await
+    /// Waits for datagrams or for errors of sent ones, and receives a batch of either: how many
+    /// datagrams came; errors are appended to `errors`.
+    pub(crate) async fn receive(
+        &self,
+        batch: &mut RecvBatch,
+        errors: &mut Vec<SendError>,
+    ) -> io::Result<usize> {
+        let ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.is_error() {
+            self.take_errors(errors);
+        }
+        match self.socket.try_io(Interest::READABLE, || batch.receive(self.socket.as_fd())) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            result => result,
+        }
+    }
+
+    fn take_errors(&self, errors: &mut Vec<SendError>) {
+        for _ in 0..ERRORS_PER_TURN {
+            match self.socket.try_io(Interest::ERROR, || next_error(self.socket.as_fd())) {
+                Ok(error) => errors.extend(error),
+                Err(_) => return,
+            }
+        }
     }
 
     /// Receives another batch if there is one, without waiting.
@@ -141,6 +167,7 @@ impl DatagramPort {
         sent: &mut Sent,
     ) -> usize {
         let mut done = 0;
+        let mut again = false;
         while done < list.len() {
             let rest = &list[done..];
             let result = self.socket.try_io(Interest::WRITABLE, || {
@@ -156,15 +183,30 @@ impl DatagramPort {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // What ICMP said of an earlier datagram is told at the next call as well, whomever
+                // that is to: it is tried once more.
+                Err(error) if !again && is_of_the_past(&error) => {
+                    again = true;
+                    continue;
+                }
                 // The kernel names the first one; the others are not to blame.
                 Err(_) => {
                     sent.failed += 1;
                     done += 1;
                 }
             }
+            again = false;
         }
         done
     }
+}
+
+/// Errors that ICMP brings about.
+fn is_of_the_past(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EHOSTDOWN)
+    )
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ pub struct Fleet {
     metrics: Arc<Metrics>,
     events: Arc<Events>,
     sinks: Sinks,
+    tls: Arc<crate::tls::Store>,
     seed: u64,
     started: u32,
     serial: u64,
@@ -106,6 +107,7 @@ impl Fleet {
             metrics,
             events,
             sinks,
+            tls: Arc::default(),
             seed,
             started,
             serial: 0,
@@ -215,10 +217,12 @@ impl Fleet {
             metrics: Arc::clone(&self.metrics),
             events: Arc::clone(&self.events),
             sinks: self.sinks.clone(),
+            tls: Arc::clone(&self.tls),
             mailboxes: (0..count).map(|_| Mailbox::default()).collect(),
             connections: AtomicU32::new(0),
             in_progress: (0..count).map(|_| AtomicUsize::new(0)).collect(),
             jitter: AtomicU64::new(self.seed),
+            unix_clients: AtomicU64::new(1),
         });
         for (index, worker) in self.workers.iter().enumerate() {
             worker.start(Start {
@@ -245,9 +249,16 @@ impl Fleet {
     }
 
     fn stop(&self, listener: &Listener) {
+        self.remove_files(listener);
         for worker in &self.workers {
             worker.stop(listener.serial);
         }
+    }
+
+    /// The certificates and keys in use.
+    #[must_use]
+    pub fn tls(&self) -> &Arc<crate::tls::Store> {
+        &self.tls
     }
 
     /// The listeners as they run.
@@ -269,8 +280,25 @@ impl Fleet {
         self.listeners.values().map(Listener::in_progress).sum()
     }
 
+    /// Removes the files of a listener's unix sockets that no other listener has taken over.
+    fn remove_files(&self, listener: &Listener) {
+        for socket in listener.spec.sockets.iter().filter(|one| one.transport == Transport::Unix) {
+            let taken_over = self.listeners.values().any(|other| {
+                other.serial != listener.serial
+                    && other.spec.sockets.iter().any(|other| other.address == socket.address)
+            });
+            if let Some(path) =
+                strowger_contract::unix::path(socket.address).filter(|_| !taken_over)
+            {
+                // Somebody else may have been faster.
+                let _gone = std::fs::remove_file(&*path);
+            }
+        }
+    }
+
     /// Ends all workers.
     pub fn end(&mut self) {
+        self.listeners.values().for_each(|listener| self.remove_files(listener));
         self.workers.iter_mut().for_each(Worker::end);
     }
 }

@@ -3,14 +3,15 @@
 use std::any::Any;
 use std::io;
 use std::marker::PhantomData;
-use std::net::{TcpListener as StdTcpListener, UdpSocket as StdUdpSocket};
+use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket};
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use strowger_contract::{Links, Protocol, Transport, WorkerId};
-use tokio::net::{TcpListener, TcpStream};
+use strowger_contract::{Engine as _, Links, Protocol, Transport, WorkerId};
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +31,9 @@ const BATCHES_PER_TURN: usize = 4;
 /// How long to wait when no connection can be accepted: descriptors or memory ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How often a saturated engine is asked again.
+const SATURATED_PAUSE: Duration = Duration::from_millis(5);
+
 /// Where a listener starts.
 pub(crate) struct Place {
     pub(crate) worker: WorkerId,
@@ -46,14 +50,17 @@ pub(crate) struct Place {
 pub(crate) enum BoundSocket {
     Datagram(StdUdpSocket),
     Stream(StdTcpListener, Transport),
+    /// With the address that stands for its path.
+    Unix(StdUnixListener, SocketAddr),
 }
 
 impl BoundSocket {
     /// What it is really bound to.
-    pub(crate) fn local_addr(&self) -> io::Result<std::net::SocketAddr> {
+    pub(crate) fn local_addr(&self) -> io::Result<SocketAddr> {
         match self {
             Self::Datagram(socket) => socket.local_addr(),
             Self::Stream(socket, _) => socket.local_addr(),
+            Self::Unix(_, address) => Ok(*address),
         }
     }
 
@@ -62,6 +69,7 @@ impl BoundSocket {
         match self {
             Self::Datagram(_) => Transport::Udp,
             Self::Stream(_, transport) => *transport,
+            Self::Unix(..) => Transport::Unix,
         }
     }
 
@@ -70,6 +78,7 @@ impl BoundSocket {
         Ok(match self {
             Self::Datagram(socket) => Self::Datagram(socket.try_clone()?),
             Self::Stream(socket, transport) => Self::Stream(socket.try_clone()?, *transport),
+            Self::Unix(socket, address) => Self::Unix(socket.try_clone()?, *address),
         })
     }
 }
@@ -150,6 +159,7 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     };
     let mut ports = Vec::new();
     let mut streams = Vec::new();
+    let mut unix = Vec::new();
     for (index, socket) in place.sockets.into_iter().enumerate() {
         match socket {
             BoundSocket::Datagram(socket) => {
@@ -158,6 +168,10 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
             BoundSocket::Stream(socket, transport) => {
                 ports.push(None);
                 streams.push((TcpListener::from_std(socket)?, transport));
+            }
+            BoundSocket::Unix(socket, address) => {
+                ports.push(None);
+                unix.push((UnixListener::from_std(socket)?, address));
             }
         }
     }
@@ -169,6 +183,9 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     }
     for (listener, transport) in streams {
         guard(&broken, spawn(&host, accept(Rc::clone(&host), listener, transport)));
+    }
+    for (listener, address) in unix {
+        guard(&broken, spawn(&host, accept_unix(Rc::clone(&host), listener, address)));
     }
     guard(&broken, spawn(&host, Rc::clone(&host).keep_time()));
     guard(&broken, spawn(&host, read_mail(Rc::clone(&host))));
@@ -208,11 +225,19 @@ fn guard(broken: &Rc<Notify>, task: JoinHandle<()>) {
 
 async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
     let mut batch = RecvBatch::new(BATCH);
+    let mut errors = Vec::new();
     loop {
-        let Ok(mut count) = port.receive(&mut batch).await else {
+        let received = port.receive(&mut batch, &mut errors).await;
+        if !errors.is_empty() {
+            host.unreachable(&port, &mut errors);
+        }
+        let Ok(mut count) = received else {
             // An error of one datagram's past (ICMP); the next receive is a new one.
             continue;
         };
+        if count == 0 {
+            continue;
+        }
         for _ in 0..BATCHES_PER_TURN {
             host.batch(Instant::now(), |engine| {
                 for index in 0..count {
@@ -258,6 +283,7 @@ pub(crate) fn drain_port<P: Protocol>(host: &Rc<Host<P>>, port: &Rc<DatagramPort
 
 async fn accept<P: Protocol>(host: Rc<Host<P>>, listener: TcpListener, transport: Transport) {
     loop {
+        saturated(&host).await;
         match listener.accept().await {
             Ok((stream, remote)) => take_in(&host, stream, remote, transport),
             Err(error) if is_of_one_connection(&error) => {}
@@ -279,22 +305,59 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-fn take_in<P: Protocol>(
-    host: &Rc<Host<P>>,
-    stream: TcpStream,
-    remote: std::net::SocketAddr,
-    transport: Transport,
-) {
+async fn accept_unix<P: Protocol>(host: Rc<Host<P>>, listener: UnixListener, local: SocketAddr) {
+    loop {
+        saturated(&host).await;
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let Some(place) = place(&host) else { continue };
+                let number = host.shared.unix_clients.fetch_add(1, Ordering::Relaxed);
+                let taken = super::intake::take_in_unix(stream, number, local);
+                let host = Rc::clone(&host);
+                tokio::task::spawn_local(async move {
+                    host.serve(taken, Transport::Unix).await;
+                    drop(place);
+                });
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                host.shared.event(NodeEvent::AcceptFailed { error: error.to_string() });
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Waits while the engine wants no further connections; the kernel's queue holds them meanwhile.
+async fn saturated<P: Protocol>(host: &Rc<Host<P>>) {
+    while host.state().engine.is_saturated() {
+        tokio::time::sleep(SATURATED_PAUSE).await;
+    }
+}
+
+/// A place among the listener's connections, if there is one.
+fn place<P: Protocol>(host: &Rc<Host<P>>) -> Option<Taken> {
     let limit = host.state().spec.limits.connections;
     if host.shared.connections.fetch_add(1, Ordering::Relaxed) >= limit {
         host.shared.connections.fetch_sub(1, Ordering::Relaxed);
         host.state().metrics.connection_rejected();
-        return;
+        return None;
     }
+    Some(Taken(Arc::clone(&host.shared)))
+}
+
+fn take_in<P: Protocol>(
+    host: &Rc<Host<P>>,
+    stream: TcpStream,
+    remote: SocketAddr,
+    transport: Transport,
+) {
+    let Some(place) = place(host) else { return };
     let host = Rc::clone(host);
-    let place = Taken(Arc::clone(&host.shared));
     tokio::task::spawn_local(async move {
-        host.accept(stream, remote, transport).await;
+        if let Some(taken) = super::intake::take_in(&host, stream, remote, transport).await {
+            host.serve(taken, transport).await;
+        }
         drop(place);
     });
 }

@@ -7,12 +7,15 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, CloseCause, Endpoint, Link, Links, PeerChange, Protocol, Router, Transport,
+    BackendId, CloseCause, Endpoint, Link, Links, Opened, PeerChange, PeerFacts, Protocol, Router,
+    Transport,
 };
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 use super::host::{Dial, Host};
+use super::intake::connect_tls;
 use super::shared::NodeEvent;
+use super::socket::Stream;
 use super::stream::{Connection, serve};
 
 /// The first pause after a link failed; each further failure doubles it.
@@ -176,6 +179,10 @@ pub(crate) fn dial<P: Protocol>(host: &Rc<Host<P>>, dial: Dial) {
 }
 
 async fn dial_remote<P: Protocol>(host: Rc<Host<P>>, transport: Transport, address: SocketAddr) {
+    if transport != Transport::Tcp {
+        // Whom a stranger's TLS must be, and how a browser is reached, nobody has said.
+        return host.not_dialed(transport, address, CloseCause::Unreachable);
+    }
     let timeout = host.state().spec.limits.connect;
     let stream = match connect(address, timeout).await {
         Ok(stream) => stream,
@@ -184,38 +191,31 @@ async fn dial_remote<P: Protocol>(host: Rc<Host<P>>, transport: Transport, addre
     let Ok(local) = stream.local_addr() else {
         return host.not_dialed(transport, address, CloseCause::Reset);
     };
-    let (flow, connection) = host.adopt(stream, address, local, transport);
-    host.tell(Endpoint::Client(flow), PeerChange::Opened { remote: address, local, transport });
+    let (flow, connection) = host.adopt(Stream::Tcp(stream), address, local, transport);
+    let opened = Opened { remote: address, local, transport, facts: &PeerFacts::NONE };
+    host.opened(Endpoint::Client(flow), opened);
     host.dialed(&connection);
     let idle = host.state().spec.limits.idle;
-    let cause = serve(&host, &connection, idle).await;
+    let cause = serve(&host, &connection, idle, Vec::new()).await;
     host.release(flow, &connection, cause);
 }
 
 /// Opens a link, serves it until it ends, and says how long to pause before the next try.
 async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures: u32) -> Duration {
     let peer = Endpoint::Backend(backend);
-    let target = {
-        let state = host.state();
-        state.router.backend(backend).map(|view| (view.transport, view.address))
-    };
-    let Some((transport, address)) = target else {
+    let known = host.state().router.backend(backend).is_some();
+    if !known {
         // It left the pool after the engine chose it: whoever waits for the link must hear of it.
         host.state().links.forget(backend);
         host.tell(peer, PeerChange::Closed(CloseCause::Unreachable));
         return BACK_OFF_FIRST;
-    };
+    }
     let timeout = host.state().spec.limits.connect;
-    let opened = match connect(address, timeout).await {
-        Ok(stream) => {
-            stream.local_addr().map(|local| (stream, local)).map_err(|_| CloseCause::Reset)
-        }
-        Err(cause) => Err(cause),
-    };
-    let (stream, local) = match opened {
-        Ok(opened) => opened,
-        Err(cause) => return link_down(host, backend, false, cause, failures),
-    };
+    let Dialed { stream, address, local, transport, facts } =
+        match open(host, backend, timeout).await {
+            Ok(dialed) => dialed,
+            Err(cause) => return link_down(host, backend, false, cause, failures),
+        };
     let connection = Connection::new(stream, peer, address, local, transport);
     let waiting = host.state().links.opened(backend, Rc::clone(&connection));
     host.shared.event(NodeEvent::LinkUp { backend: host.shared.backend_name(backend) });
@@ -224,13 +224,13 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
         let up = Link::Up { identity: &[], capabilities: &[] };
         host.state().router.link(Instant::now(), backend, up);
     }
-    host.tell(peer, PeerChange::Opened { remote: address, local, transport });
+    host.opened(peer, Opened { remote: address, local, transport, facts: &facts });
     if !waiting.is_empty() {
         connection.push(&waiting, usize::MAX);
         host.write(&connection);
     }
     // A link is the edge's own: it stays open however long nothing passes.
-    let cause = serve(host, &connection, Duration::ZERO).await;
+    let cause = serve(host, &connection, Duration::ZERO, Vec::new()).await;
     if connection.congested.get() {
         host.shared.core.set_congested(backend, false);
     }
@@ -262,6 +262,63 @@ fn link_down<P: Protocol>(
     pause
 }
 
+/// A connection to a backend, ready to use.
+pub(crate) struct Dialed {
+    pub(crate) stream: Stream,
+    pub(crate) address: SocketAddr,
+    pub(crate) local: SocketAddr,
+    pub(crate) transport: Transport,
+    pub(crate) facts: PeerFacts,
+}
+
+/// Opens a stream to a backend over its own transport, all within `timeout`.
+pub(crate) async fn open<P: Protocol>(
+    host: &Rc<Host<P>>,
+    backend: BackendId,
+    timeout: Duration,
+) -> Result<Dialed, CloseCause> {
+    let began = Instant::now();
+    let target = {
+        let state = host.state();
+        state.router.backend(backend).map(|view| (view.transport, view.address))
+    };
+    let (transport, address) = target.ok_or(CloseCause::Unreachable)?;
+    if transport == Transport::Unix {
+        return open_unix(address, timeout).await;
+    }
+    let socket = connect(address, timeout).await?;
+    let local = socket.local_addr().map_err(|_| CloseCause::Reset)?;
+    let (stream, facts) = match transport {
+        Transport::Tls => {
+            let rest = timeout.saturating_sub(began.elapsed());
+            let (stream, facts) = connect_tls(host, socket, backend, address, rest).await?;
+            (Stream::Tls(Box::new(stream)), facts)
+        }
+        _ => (Stream::Tcp(socket), PeerFacts::NONE),
+    };
+    Ok(Dialed { stream, address, local, transport, facts })
+}
+
+async fn open_unix(address: SocketAddr, timeout: Duration) -> Result<Dialed, CloseCause> {
+    let path = strowger_contract::unix::path(address).ok_or(CloseCause::Unreachable)?;
+    let stream = match tokio::time::timeout(timeout, UnixStream::connect(&*path)).await {
+        Err(_) => return Err(CloseCause::ConnectTimeout),
+        Ok(Err(error)) => return Err(cause_of(&error)),
+        Ok(Ok(stream)) => stream,
+    };
+    let facts = PeerFacts { credentials: super::intake::credentials(&stream), ..PeerFacts::NONE };
+    let (local, transport) = (strowger_contract::unix::client(0), Transport::Unix);
+    Ok(Dialed { stream: Stream::Unix(stream), address, local, transport, facts })
+}
+
+fn cause_of(error: &std::io::Error) -> CloseCause {
+    match error.kind() {
+        std::io::ErrorKind::ConnectionRefused => CloseCause::Refused,
+        std::io::ErrorKind::ConnectionReset => CloseCause::Reset,
+        _ => CloseCause::Unreachable,
+    }
+}
+
 /// Opens a stream within `timeout`.
 pub(crate) async fn connect(
     address: SocketAddr,
@@ -270,11 +327,7 @@ pub(crate) async fn connect(
     match tokio::time::timeout(timeout, TcpStream::connect(address)).await {
         Err(_) => Err(CloseCause::ConnectTimeout),
         Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err(match error.kind() {
-            std::io::ErrorKind::ConnectionRefused => CloseCause::Refused,
-            std::io::ErrorKind::ConnectionReset => CloseCause::Reset,
-            _ => CloseCause::Unreachable,
-        }),
+        Ok(Err(error)) => Err(cause_of(&error)),
     }
 }
 

@@ -10,6 +10,8 @@
 //! | `worker` | one thread; restarts itself after a panic |
 //! | `launch` | from a protocol's type to tasks |
 //! | `host` | a listener on a worker: the engine and its wishes |
+//! | `intake` | from an accepted socket to a stream: TLS, and who is there |
+//! | `socket` | one stream, whatever it runs over |
 //! | `datagram`, `stream`, `splice` | the three ways that bytes come and go |
 //! | `link` | streams to backends |
 //! | `mailbox`, `shared` | what workers have in common |
@@ -19,10 +21,12 @@ mod bind;
 mod datagram;
 mod fleet;
 mod host;
+mod intake;
 mod launch;
 mod link;
 mod mailbox;
 mod shared;
+mod socket;
 mod splice;
 mod stream;
 pub(crate) mod sys;

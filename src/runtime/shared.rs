@@ -23,12 +23,15 @@ pub(crate) struct Shared {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) events: Arc<Events>,
     pub(crate) sinks: Sinks,
+    pub(crate) tls: Arc<crate::tls::Store>,
     pub(crate) mailboxes: Vec<Mailbox>,
     /// Clients' connections, over all workers.
     pub(crate) connections: AtomicU32,
     /// What each worker's engine has under way.
     pub(crate) in_progress: Vec<AtomicUsize>,
     pub(crate) jitter: AtomicU64,
+    /// Numbers clients of unix sockets, which have no address.
+    pub(crate) unix_clients: AtomicU64,
 }
 
 /// What happens in the runtime itself.
@@ -40,6 +43,7 @@ pub(crate) enum NodeEvent {
     LinkUp { backend: String },
     LinkDown { backend: String, was_open: bool, cause: CloseCause },
     AcceptFailed { error: String },
+    TlsFailed { peer: String, side: &'static str, why: crate::tls::Failure },
 }
 
 impl Shared {
@@ -126,6 +130,12 @@ impl Shared {
             NodeEvent::LinkDown { backend, was_open, cause } => {
                 let what = if was_open { "closed" } else { "could not be opened" };
                 (Level::Warn, "link_down", format!("{backend}: {what}: {}", cause.word()))
+            }
+            NodeEvent::TlsFailed { peer, side, why } => {
+                let detail = format!("{side} {peer}: {}: {}", why.word, why.detail);
+                // What strangers send is no reason to wake anybody.
+                let level = if side == "backend" { Level::Warn } else { Level::Info };
+                (level, "tls_handshake_failed", detail)
             }
             NodeEvent::AcceptFailed { error } => (Level::Warn, "accept_failed", error),
         };

@@ -6,20 +6,16 @@
 //! its own sender and nobody else.
 
 use std::io;
-use std::net::Shutdown;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use socket2::SockRef;
 use strowger_contract::outbox::SpliceLimits;
-use strowger_contract::{
-    BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, Protocol, Router,
-};
+use strowger_contract::{BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, Protocol};
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 
 use super::host::Host;
-use super::link::connect;
+use super::link::open;
+use super::socket::Stream;
 use super::stream::Connection;
 
 /// Reads from one side before the other has its turn.
@@ -30,6 +26,7 @@ pub(crate) async fn serve<P: Protocol>(
     host: &Rc<Host<P>>,
     flow: FlowId,
     connection: &Rc<Connection>,
+    early: Vec<u8>,
 ) -> CloseCause {
     loop {
         if let Some((backend, limits)) = connection.take_splice() {
@@ -40,7 +37,7 @@ pub(crate) async fn serve<P: Protocol>(
                 }
                 Ok(stream) => {
                     host.tell(Endpoint::Client(flow), PeerChange::Joined(backend));
-                    return Relay::new(host, connection, stream, limits).run().await;
+                    return Relay::new(host, connection, stream, limits, early).run().await;
                 }
             }
         }
@@ -59,21 +56,19 @@ async fn join<P: Protocol>(
     connection: &Rc<Connection>,
     backend: BackendId,
     limits: SpliceLimits,
-) -> Result<TcpStream, CloseCause> {
-    let address = host.state().router.backend(backend).map(|view| view.address);
-    let address = address.ok_or(CloseCause::Unreachable)?;
-    let connecting = connect(address, limits.connect);
+) -> Result<Stream, CloseCause> {
+    let connecting = open(host, backend, limits.connect);
     tokio::pin!(connecting);
     let stream = loop {
         tokio::select! {
-            stream = &mut connecting => break stream?,
+            opened = &mut connecting => break opened?.stream,
             // The engine may give the flow up meanwhile. The wish to join kicks as well.
             () = connection.kicked() => if connection.is_closing() {
                 return Err(CloseCause::Local);
             }
         }
     };
-    let _delayed = stream.set_nodelay(true);
+    stream.set_nodelay();
     Ok(stream)
 }
 
@@ -98,7 +93,7 @@ impl Direction {
 struct Relay<'a, P: Protocol> {
     host: &'a Rc<Host<P>>,
     client: &'a Rc<Connection>,
-    backend: TcpStream,
+    backend: Stream,
     limits: SpliceLimits,
     up: Direction,
     down: Direction,
@@ -109,14 +104,20 @@ impl<'a, P: Protocol> Relay<'a, P> {
     fn new(
         host: &'a Rc<Host<P>>,
         client: &'a Rc<Connection>,
-        backend: TcpStream,
+        backend: Stream,
         limits: SpliceLimits,
+        early: Vec<u8>,
     ) -> Self {
-        let (up, down) = (Direction::default(), Direction::default());
+        let up = Direction { rest: early, ..Direction::default() };
+        let down = Direction::default();
         Self { host, client, backend, limits, up, down, last_moved: Instant::now() }
     }
 
     async fn run(mut self) -> CloseCause {
+        // What the client sent before is the first to go.
+        if self.up.is_blocked() && self.turn().is_err() {
+            return self.reset(CloseCause::Reset);
+        }
         loop {
             if self.up.shut && self.down.shut {
                 return CloseCause::End;
@@ -151,7 +152,8 @@ impl<'a, P: Protocol> Relay<'a, P> {
     fn interest(&self, client: bool) -> Option<Interest> {
         let (from, to) = if client { (&self.up, &self.down) } else { (&self.down, &self.up) };
         let reads = !from.ended && !from.is_blocked();
-        let writes = to.is_blocked();
+        let stream = if client { &self.client.stream } else { &self.backend };
+        let writes = to.is_blocked() || stream.has_unsent();
         match (reads, writes) {
             (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
             (true, false) => Some(Interest::READABLE),
@@ -195,17 +197,12 @@ impl<'a, P: Protocol> Relay<'a, P> {
     }
 
     fn reset_backend(&self) {
-        let _gone = SockRef::from(&self.backend).set_linger(Some(Duration::ZERO));
+        self.backend.reset_on_close();
     }
 }
 
 /// Moves bytes one way until one side blocks or its turn is over; how many the writer took.
-fn pass(
-    from: &TcpStream,
-    to: &TcpStream,
-    way: &mut Direction,
-    scratch: &mut [u8],
-) -> io::Result<u64> {
+fn pass(from: &Stream, to: &Stream, way: &mut Direction, scratch: &mut [u8]) -> io::Result<u64> {
     let mut moved = 0;
     for _ in 0..READS_PER_TURN {
         if way.is_blocked() {
@@ -231,18 +228,18 @@ fn pass(
         }
     }
     if way.ended && !way.is_blocked() && !way.shut {
-        way.shut = true;
-        match SockRef::from(to).shutdown(Shutdown::Write) {
-            // The other side has gone already; there is nobody left to tell.
-            Err(error) if error.kind() == io::ErrorKind::NotConnected => {}
-            result => result?,
+        to.flush()?;
+        if to.has_unsent() {
+            return Ok(moved);
         }
+        way.shut = true;
+        to.shutdown_write()?;
     }
     Ok(moved)
 }
 
 /// Writes what the kernel takes; 0 if nothing.
-fn write(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+fn write(to: &Stream, bytes: &[u8]) -> io::Result<usize> {
     let mut written = 0;
     while written < bytes.len() {
         match to.try_write(&bytes[written..]) {

@@ -6,16 +6,15 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use socket2::SockRef;
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
     BackendId, CloseCause, Closing, Endpoint, FrameError, Framer, Framing, Protocol, Transport,
 };
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use super::host::Host;
+use super::socket::Stream;
 
 /// How long a connection that is to close once its queue is written may take for it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -29,7 +28,7 @@ const QUEUE_KEPT: usize = 0;
 
 /// One connection, shared between its task and the host's flush.
 pub(crate) struct Connection {
-    pub(crate) stream: TcpStream,
+    pub(crate) stream: Stream,
     pub(crate) endpoint: Endpoint,
     pub(crate) remote: SocketAddr,
     pub(crate) local: SocketAddr,
@@ -68,14 +67,13 @@ pub(crate) struct Progress {
 impl Connection {
     /// Wraps an open stream.
     pub(crate) fn new(
-        stream: TcpStream,
+        stream: Stream,
         endpoint: Endpoint,
         remote: SocketAddr,
         local: SocketAddr,
         transport: Transport,
     ) -> Rc<Self> {
-        // Small messages must not wait for acknowledgements; a failure only costs time.
-        let _delayed = stream.set_nodelay(true);
+        stream.set_nodelay();
         Rc::new(Self {
             stream,
             endpoint,
@@ -109,7 +107,7 @@ impl Connection {
 
     /// How many bytes wait.
     pub(crate) fn queued(&self) -> usize {
-        self.queue.borrow().len()
+        self.queue.borrow().len() + usize::from(self.stream.has_unsent())
     }
 
     /// Writes what the kernel takes now.
@@ -132,6 +130,9 @@ impl Connection {
                     break;
                 }
             }
+        }
+        if total == 0 && queue.len() == 0 && self.stream.flush().is_err() {
+            self.close(Closing::Reset, CloseCause::Reset);
         }
         if queue.len() == 0 {
             queue.bytes.clear();
@@ -191,8 +192,9 @@ impl Connection {
     pub(crate) fn finish(&self) -> CloseCause {
         let (how, cause) = self.closing.get().unwrap_or((Closing::Flushed, CloseCause::Local));
         if how == Closing::Reset {
-            // A failure means that the other side was first.
-            let _gone = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+            self.stream.reset_on_close();
+        } else {
+            self.stream.say_goodbye();
         }
         cause
     }
@@ -203,8 +205,12 @@ pub(crate) async fn serve<P: Protocol>(
     host: &Rc<Host<P>>,
     connection: &Rc<Connection>,
     idle: Duration,
+    early: Vec<u8>,
 ) -> CloseCause {
     let mut reader = Reader::<P>::new(Instant::now());
+    if !early.is_empty() {
+        reader.read(host, connection, &early);
+    }
     let mut closing_since = None;
     loop {
         if let Some((how, _)) = connection.closing.get() {
@@ -297,17 +303,23 @@ impl<P: Protocol> Reader<P> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(_) => return connection.close(Closing::Reset, CloseCause::Reset),
         };
+        let bytes = &scratch[..count];
+        self.read(host, connection, bytes);
+    }
+
+    /// Takes what was read.
+    fn read(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>, bytes: &[u8]) {
         let now = Instant::now();
         self.last_read = now;
         let result = if self.partial.is_empty() {
-            let result = self.cut(host, connection, &scratch[..count], now);
+            let result = self.cut(host, connection, bytes, now);
             if let Ok(used) = result {
-                self.partial.extend_from_slice(&scratch[used..count]);
+                self.partial.extend_from_slice(&bytes[used..]);
             }
             result
         } else {
             let mut whole = std::mem::take(&mut self.partial);
-            whole.extend_from_slice(&scratch[..count]);
+            whole.extend_from_slice(bytes);
             let result = self.cut(host, connection, &whole, now);
             if let Ok(used) = result
                 && used < whole.len()
@@ -317,7 +329,6 @@ impl<P: Protocol> Reader<P> {
             }
             result
         };
-        drop(scratch);
         match result {
             Ok(0) => self.began = self.began.or(Some(now)),
             Ok(_) => self.began = (!self.partial.is_empty()).then_some(now),

@@ -14,3 +14,4 @@ mod qos;
 mod reload;
 mod sip;
 mod tcp;
+mod tls;

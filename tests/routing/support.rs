@@ -47,6 +47,7 @@ pub(crate) fn plain(backends: Vec<BackendSpec>) -> PoolSpec {
         debounce: Duration::ZERO,
         panic_percent: 0,
         needs_link: false,
+        tls: None,
         bind_keys: Vec::new(),
         bind_places: Vec::new(),
         qos: QosSpec::default(),

@@ -126,7 +126,12 @@ pub(crate) fn simulate(seed: u64) {
         listener: "sim".into(),
         node: "edge".into(),
         realm: "example.net".into(),
-        sockets: vec![LocalSocket { transport: Transport::Tcp, address: edge(), advertise: None }],
+        sockets: vec![LocalSocket {
+            transport: Transport::Tcp,
+            address: edge(),
+            advertise: None,
+            mode: None,
+        }],
         routes: Vec::new(),
         pool: Some(world.pool),
     };

@@ -85,6 +85,7 @@ impl Bench {
                 transport: Transport::Tcp,
                 address: address("127.0.0.1:3868"),
                 advertise: None,
+                mode: None,
             }],
             routes: vec![(
                 DiameterMatch { imsi: vec!["99*".into()], ..DiameterMatch::default() },

@@ -125,7 +125,12 @@ struct Sim {
 }
 
 fn socket(transport: Transport) -> LocalSocket {
-    LocalSocket { transport, address: EDGE.parse().expect("an address"), advertise: None }
+    LocalSocket {
+        transport,
+        address: EDGE.parse().expect("an address"),
+        advertise: None,
+        mode: None,
+    }
 }
 
 pub(crate) fn simulate(seed: u64) {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::{Endpoint, Message, Outbox, PeerChange, Refusal, Route, Router, Ticket};
+use crate::{Endpoint, Message, Opened, Outbox, PeerChange, Refusal, Route, Router, Ticket};
 
 /// One per worker and listener. It owns no socket and reads no clock; every call may append to
 /// `out`, which the runtime flushes in one batch.
@@ -49,6 +49,21 @@ pub trait Engine {
         out: &mut Outbox,
     );
 
+    /// A connection opened, with what is known of the other side (its certificate, its credentials,
+    /// what a proxy told). The runtime calls this for each [`PeerChange::Opened`]; engines that care
+    /// for none of it leave it as it is.
+    fn on_opened(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        opened: Opened<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Opened { remote, local, transport, .. } = opened;
+        self.on_peer(now, peer, PeerChange::Opened { remote, local, transport }, router, out);
+    }
+
     /// Time has come to [`Engine::next_timeout`], or passed it.
     fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox);
 
@@ -61,4 +76,10 @@ pub trait Engine {
 
     /// How much is under way: transactions, pending requests, spliced flows. A drain waits for 0.
     fn in_progress(&self) -> usize;
+
+    /// Whether the listener should take no further connections on this worker for now (raw TCP's
+    /// `backpressure`); asked before each accept.
+    fn is_saturated(&self) -> bool {
+        false
+    }
 }

@@ -19,6 +19,8 @@
 //! | [`router`] | the core, as an engine sees it |
 //! | [`outbox`] | what an engine wants done |
 //! | [`engine`] | the per-worker state machine of a protocol |
+//! | [`facts`] | what is known of a peer before its first message |
+//! | [`unix`] | unix sockets among socket addresses |
 //! | [`protocol`] | the pluggable unit: options, factory, probes |
 //! | [`duration`] | durations as configurations write them |
 //! | [`trace`] | which messages belong to a trace |
@@ -30,6 +32,7 @@ pub mod call;
 pub mod class;
 pub mod duration;
 pub mod engine;
+pub mod facts;
 pub mod framing;
 pub mod ids;
 pub mod message;
@@ -40,12 +43,14 @@ pub mod router;
 pub mod session;
 pub mod token;
 pub mod trace;
+pub mod unix;
 pub mod wheel;
 
 pub use binding::{BINDING_KEYS_MAX, BindingKey, PeerReport, Rate};
 pub use call::{AttemptOutcome, CallEnd, CallPhase, CallRecord, CallSide};
 pub use class::{Class, OnMiss};
 pub use engine::Engine;
+pub use facts::{Certificate, Credentials, Intake, Opened, Peek, PeerFacts, Proxied};
 pub use framing::{DatagramFramer, FrameError, Framer, Framing};
 pub use ids::{BackendId, ClassId, FlowId, Pin, PoolId, Ticket, WorkerId};
 pub use message::{CloseCause, Endpoint, Message, PeerChange, Transport};

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::{Engine, Framer, PoolId, Tracer, Transport, WorkerId};
+use crate::{Engine, Framer, Intake, PoolId, Tracer, Transport, WorkerId};
 
 /// How streams to backends are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,8 @@ pub struct LocalSocket {
     pub address: SocketAddr,
     /// What is told to others instead of the address, `host` or `host:port`, if configured.
     pub advertise: Option<String>,
+    /// A unix socket's permissions; `None`: what the process's umask leaves.
+    pub mode: Option<u32>,
 }
 
 /// What a listener is and where its messages may go.
@@ -165,6 +167,16 @@ pub trait Protocol: Send + Sync + 'static {
 
     /// Makes the health check of that name, one of [`Protocol::PROBES`].
     fn probe(name: &str) -> Option<Box<dyn Probe>>;
+
+    /// What is done with a connection before the engine hears of it.
+    fn intake(options: &Self::Options) -> Intake {
+        let _ = options;
+        Intake::default()
+    }
+
+    /// Whether datagrams are flows, one per client address: the engine hears of them as of
+    /// connections, and joins them to backends with [`crate::Command::Splice`].
+    const DATAGRAM_FLOWS: bool = false;
 
     /// How long a stream may take for its first whole message, and for the rest of a message that
     /// has begun; slow senders are cut off after it.

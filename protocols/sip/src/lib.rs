@@ -66,7 +66,7 @@ pub struct Sip;
 
 impl Protocol for Sip {
     const NAME: &'static str = "sip";
-    const TRANSPORTS: &'static [Transport] = &[Transport::Udp, Transport::Tcp];
+    const TRANSPORTS: &'static [Transport] = &[Transport::Udp, Transport::Tcp, Transport::Tls];
     const LINKS: Links = Links::PerWorker;
     const PROBES: &'static [&'static str] = &["sip-options"];
     const SESSION_KEYS: &'static [&'static str] = &[

@@ -23,7 +23,7 @@ pub struct Tcp;
 
 impl Protocol for Tcp {
     const NAME: &'static str = "tcp";
-    const TRANSPORTS: &'static [Transport] = &[Transport::Tcp];
+    const TRANSPORTS: &'static [Transport] = &[Transport::Tcp, Transport::Tls, Transport::Unix];
     const LINKS: Links = Links::None;
     /// `tcp-connect` is the control side's own: it has no words to say.
     const PROBES: &'static [&'static str] = &[];

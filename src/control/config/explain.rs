@@ -1,15 +1,18 @@
 //! Effective values and where each comes from, as a configuration that means the same.
 
 use std::fmt::Write as _;
+use std::path::Path;
 
 use serde_json::Value;
+use strowger_contract::unix::shown;
 use strowger_contract::{ClassId, duration};
 
 use super::Loaded;
 use super::pools::{BALANCES, POLICIES};
+use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 use super::tree::{self, Node, Step};
 use crate::observe::{CdrSettings, HepSettings};
-use crate::routing::{BackendSpec, ListenerSpec, PoolSpec};
+use crate::routing::{BackendSpec, ListenerSpec, PoolSpec, TlsClientSpec, TlsServerSpec};
 
 /// Where the notes begin, if the values leave room.
 const NOTE_COLUMN: usize = 56;
@@ -102,11 +105,14 @@ fn hep(hep: &HepSettings) -> Shown {
 
 fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
     let bind = spec.sockets.iter().map(|socket| {
-        let address = text(&format!("{}://{}", socket.transport.scheme(), socket.address));
-        match &socket.advertise {
-            None => address,
-            Some(advertise) => map([("address", address), ("advertise", text(advertise))]),
+        let address = text(&shown(socket.transport, socket.address));
+        let mode = socket.mode.map(|mode| ("mode", Shown::Plain(format!("\"{mode:04o}\""))));
+        let advertise = socket.advertise.as_ref().map(|name| ("advertise", text(name)));
+        if mode.is_none() && advertise.is_none() {
+            return address;
         }
+        let values = [("address", address)].into_iter().chain(advertise).chain(mode);
+        Shown::Map(values.map(|(key, value)| (key.to_owned(), value)).collect())
     });
     let limits = &spec.limits;
     let mut values = vec![
@@ -121,6 +127,7 @@ fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
         values.push(("routes", Shown::List(routes)));
     }
     values.push(("options", json(&effective["options"])));
+    values.extend(spec.tls.as_ref().map(|tls| ("tls", server_tls(tls))));
     values.push((
         "limits",
         map([
@@ -173,15 +180,56 @@ fn pool(spec: &PoolSpec) -> Shown {
         ("drain", map([("deadline", time(spec.drain_deadline))])),
         ("debounce", time(spec.debounce)),
         ("panic_percent", number(spec.panic_percent)),
+        ("panic_percent", number(spec.panic_percent)),
         ("bind_keys", Shown::List(spec.bind_keys.iter().map(|key| text(key)).collect())),
+        ("tls", spec.tls.as_ref().map_or_else(null, |tls| client_tls(tls))),
         ("backends", Shown::List(spec.backends.iter().map(backend).collect())),
     ])
+}
+
+fn server_tls(tls: &TlsServerSpec) -> Shown {
+    let certificates = tls.certificates.iter().map(|files| {
+        map([
+            ("certificate", path(&files.certificate)),
+            ("key", path(&files.key)),
+            ("ocsp", files.ocsp.as_ref().map_or_else(null, |file| path(file))),
+        ])
+    });
+    map([
+        ("certificates", Shown::List(certificates.collect())),
+        ("client", text(word(&CLIENTS, tls.client))),
+        ("client_ca", tls.client_ca.as_ref().map_or_else(null, |file| path(file))),
+        ("alpn", Shown::List(tls.alpn.iter().map(|name| text(name)).collect())),
+        ("min_version", text(word(&VERSIONS, tls.min_version))),
+        ("handshake", time(tls.handshake)),
+    ])
+}
+
+fn client_tls(tls: &TlsClientSpec) -> Shown {
+    let own = tls.certificate.as_ref();
+    map([
+        ("ca", tls.ca.as_ref().map_or_else(null, |file| path(file))),
+        ("name", optional(tls.name.as_ref())),
+        ("verify", text(word(&VERIFIES, tls.verify))),
+        ("certificate", own.map_or_else(null, |(file, _)| path(file))),
+        ("key", own.map_or_else(null, |(_, file)| path(file))),
+        ("alpn", Shown::List(tls.alpn.iter().map(|name| text(name)).collect())),
+        ("min_version", text(word(&VERSIONS, tls.min_version))),
+    ])
+}
+
+fn path(file: &Path) -> Shown {
+    text(&file.display().to_string())
+}
+
+fn word<T: PartialEq>(words: &[(&'static str, T)], value: T) -> &'static str {
+    words.iter().find(|(_, known)| *known == value).map_or("", |(word, _)| word)
 }
 
 fn backend(spec: &BackendSpec) -> Shown {
     map([
         ("id", text(&spec.id)),
-        ("address", text(&format!("{}://{}", spec.transport.scheme(), spec.address))),
+        ("address", text(&shown(spec.transport, spec.address))),
         ("weight", number(spec.weight)),
         ("priority", number(spec.priority)),
         ("capacity", spec.capacity.map_or_else(null, number)),

@@ -4,12 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
+use strowger_contract::unix::shown;
 use strowger_contract::{Links, LocalSocket, PoolId, Scope, Transport};
 
 use super::configure::Configure;
 use super::endpoint::{endpoint, overlap};
 use super::pools::{RawPool, TCP_CONNECT, set};
 use super::read::{Fields, Reader, join, unknown};
+use super::tls;
 use super::tree::{Kind, Node};
 use crate::routing::{ListenerLimits, ListenerSpec, NodeSpec, PoolNames};
 
@@ -52,12 +54,14 @@ impl<'a> Listeners<'a> {
         reader: &mut Reader,
         raw: &RawListener,
     ) -> Option<ListenerSpec> {
-        const KEYS: [&str; 7] = ["name", "protocol", "bind", "pool", "routes", "options", "limits"];
+        const KEYS: [&str; 8] =
+            ["name", "protocol", "bind", "pool", "routes", "options", "limits", "tls"];
         let path = raw.path.as_str();
         let fields = reader.fields(&raw.node, path, &KEYS)?;
         let name = fields.need_text(reader, "name");
         let protocol = self.protocol(reader, &fields);
         let limits = limits(reader, &fields);
+        let tls = tls::server(reader, &fields);
         let pool = fields.text(reader, "pool");
         let pool = pool.filter(|name| {
             self.is_pool(reader, fields.node_of("pool"), &fields.path_of("pool"), name)
@@ -75,6 +79,15 @@ impl<'a> Listeners<'a> {
             reader.wrong(fields.node_of("name"), &fields.path_of("name"), message);
         }
         let sockets = self.sockets(reader, &fields, protocol, &name);
+        let over_tls =
+            |socket: &LocalSocket| matches!(socket.transport, Transport::Tls | Transport::Wss);
+        if let Some(socket) = sockets.iter().find(|socket| over_tls(socket))
+            && fields.get("tls").is_none()
+        {
+            let scheme = socket.transport.scheme();
+            let message = format!("{scheme}:// needs the listener's `tls`: its certificates");
+            reader.wrong(fields.node_of("bind"), &fields.path_of("bind"), message);
+        }
         let mut pools: Vec<&String> =
             pool.iter().chain(routes.iter().map(|(_, pool)| pool)).collect();
         pools.sort();
@@ -115,13 +128,14 @@ impl<'a> Listeners<'a> {
             .collect();
         let effective = json!({ "options": configured.options, "routes": routes, "pool": pool });
         // Pools are in it by name: their numbers differ from process to process.
-        let told = format!("{} {} {effective} {limits:?}", self.node.name, self.node.realm);
+        let told = format!("{} {} {effective} {limits:?} {tls:?}", self.node.name, self.node.realm);
         self.effective.push((name.clone(), effective));
         Some(ListenerSpec {
             name,
             protocol: protocol.name(),
             sockets,
             pools: ids,
+            tls,
             limits,
             setup: configured.setup,
             fingerprint: strowger_contract::stable_hash(told.as_bytes()),
@@ -185,13 +199,13 @@ impl<'a> Listeners<'a> {
         }
         for (index, item) in list.iter().enumerate() {
             let path = format!("{path}[{index}]");
-            let Some((text, advertise)) = bind(reader, item, &path) else { continue };
+            let Some((text, advertise, mode)) = bind(reader, item, &path) else { continue };
             let found = endpoint(&text).and_then(|(transport, address)| {
                 self.claim(protocol, listener, transport, address)
             });
             match found {
                 Ok((transport, address)) => {
-                    sockets.push(LocalSocket { transport, address, advertise });
+                    sockets.push(LocalSocket { transport, address, advertise, mode });
                 }
                 Err(message) => reader.wrong(item, &path, message),
             }
@@ -212,10 +226,10 @@ impl<'a> Listeners<'a> {
             (*kind == Transport::Udp) == (transport == Transport::Udp) && overlap(*other, address)
         });
         if let Some(((kind, other), owner)) = taken {
-            let scheme = transport.scheme();
             return Err(format!(
-                "{scheme}://{address} is taken: listener `{owner}` binds {}://{other}",
-                kind.scheme()
+                "{} is taken: listener `{owner}` binds {}",
+                shown(transport, address),
+                shown(*kind, *other)
             ));
         }
         self.bound.insert((transport, address), listener.to_owned());
@@ -269,6 +283,11 @@ impl<'a> Listeners<'a> {
             }
         }
         for (index, backend) in pool.spec.backends.iter().enumerate() {
+            let no_tls = backend.transport == Transport::Tls && pool.spec.tls.is_none();
+            if no_tls {
+                let message = "tls:// needs the pool's `tls`: whom to trust".to_owned();
+                wrong(&format!("backends[{index}].address"), message);
+            }
             if let Err(message) = runs_over(protocol, backend.transport) {
                 wrong(&format!("backends[{index}].address"), message);
             }
@@ -320,6 +339,19 @@ fn probe(
         let known = protocols.iter().flat_map(|known| known.probes()).copied();
         return wrong(reader, unknown("probe", probe, known.chain([TCP_CONNECT])));
     };
+    let unasked = pool
+        .spec
+        .backends
+        .iter()
+        .find(|backend| !matches!(backend.transport, Transport::Udp | Transport::Tcp));
+    if let Some(backend) = unasked {
+        let message = format!(
+            "`{probe}` asks over udp and tcp only, and backend `{}` is reached over {}; use `{TCP_CONNECT}`",
+            backend.id,
+            backend.transport.scheme()
+        );
+        wrong(reader, message);
+    }
     if users.is_some_and(|users| !users.contains(owner.name())) {
         // Not an error: a TCP listener may well stand before SIP servers.
         let warning = format!(
@@ -331,14 +363,26 @@ fn probe(
     }
 }
 
-/// One entry of `bind`: its text and what is advertised in its stead.
-fn bind(reader: &mut Reader, item: &Node, path: &str) -> Option<(String, Option<String>)> {
+/// One entry of `bind`: its text, what is advertised in its stead, a unix socket's permissions.
+fn bind(
+    reader: &mut Reader,
+    item: &Node,
+    path: &str,
+) -> Option<(String, Option<String>, Option<u32>)> {
     if !matches!(item.kind, Kind::Map(_)) {
-        return Some((reader.text(item, path)?, None));
+        return Some((reader.text(item, path)?, None, None));
     }
-    let bind = reader.fields(item, path, &["address", "advertise"])?;
+    let bind = reader.fields(item, path, &["address", "advertise", "mode"])?;
     let address = bind.need_text(reader, "address")?;
-    Some((address, bind.text(reader, "advertise")))
+    let mode = bind.text(reader, "mode").and_then(|text| {
+        let mode = u32::from_str_radix(&text, 8).ok().filter(|mode| *mode <= 0o777);
+        if mode.is_none() || !address.starts_with("unix://") {
+            let message = "goes with unix:// only, and is octal in quotes, such as \"0660\"";
+            reader.wrong(bind.node_of("mode"), &bind.path_of("mode"), message);
+        }
+        mode
+    });
+    Some((address, bind.text(reader, "advertise"), mode))
 }
 
 fn runs_over(protocol: &dyn Configure, transport: Transport) -> Result<(), String> {

@@ -7,6 +7,7 @@
 //! | `build` | what the values mean together |
 //! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
 //! | `exports` | call records and HEP |
+//! | `tls` | certificates, keys, authorities |
 //! | `configure` | a protocol's own options |
 //! | `schema` | the JSON schema |
 //! | `explain` | effective values and where they come from |
@@ -22,6 +23,7 @@ mod node;
 mod pools;
 mod read;
 mod schema;
+mod tls;
 mod tree;
 
 use std::fmt;

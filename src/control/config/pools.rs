@@ -7,6 +7,7 @@ use strowger_contract::Transport;
 
 use super::endpoint::endpoint;
 use super::read::{Fields, Reader};
+use super::tls;
 use super::tree::{Entry, Node};
 use crate::routing::{BackendSpec, Balance, HealthSpec, InstanceState, Policy, PoolSpec, QosSpec};
 
@@ -57,7 +58,7 @@ impl RawPool {
 
 /// Reads one pool.
 pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<PoolSpec> {
-    const KEYS: [&str; 12] = [
+    const KEYS: [&str; 13] = [
         "balance",
         "bounded_load",
         "session",
@@ -70,11 +71,13 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         "backends",
         "qos",
         "bind_keys",
+        "tls",
     ];
     let fields = reader.fields(&entry.value, path, &KEYS)?;
     let mut pool = default_pool(&entry.key);
     qos(reader, &fields, &mut pool.qos);
     pool.balance = fields.choice(reader, "balance", &BALANCES).unwrap_or_default();
+    pool.tls = tls::client(reader, &fields);
     bounded_load(reader, &fields, &mut pool);
     session(reader, &fields, &mut pool);
     health(reader, &fields, &mut pool.health);
@@ -120,6 +123,7 @@ fn default_pool(name: &str) -> PoolSpec {
         debounce: Duration::from_secs(1),
         panic_percent: 10,
         needs_link: false,
+        tls: None,
         bind_keys: Vec::new(),
         bind_places: Vec::new(),
         qos: QosSpec::default(),

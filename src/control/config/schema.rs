@@ -3,6 +3,12 @@
 use serde_json::{Map, Value, json};
 
 use super::configure::Configure;
+use super::tls::{CLIENTS, VERIFIES, VERSIONS};
+
+/// One of some words.
+fn words<T>(words: &[(&str, T)]) -> Value {
+    json!({ "enum": words.iter().map(|(word, _)| *word).collect::<Vec<_>>() })
+}
 
 /// The schema of an edge's configuration.
 #[must_use]
@@ -18,7 +24,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "type": "object", "additionalProperties": false, "required": ["id", "address"],
         "properties": {
             "id": { "type": "string" },
-            "address": { "type": "string", "pattern": "^(udp|tcp)://" },
+            "address": { "type": "string", "pattern": "^(udp|tcp|tls|unix)://" },
             "weight": number(0, 65_535), "priority": number(0, 65_535), "capacity": number(1, 100_000_000),
             "origin_host": { "type": "string" }, "generation": number(0, u64::from(u32::MAX)),
             "state": { "enum": ["ready", "starting", "canary", "suspended", "draining"] }
@@ -37,6 +43,11 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
         "drain": map(json!({ "deadline": duration })),
         "bind_keys": { "type": "array", "items": { "enum": bind_keys } },
+        "tls": map(json!({
+            "ca": { "type": "string" }, "name": { "type": "string" }, "verify": words(&VERIFIES),
+            "certificate": { "type": "string" }, "key": { "type": "string" },
+            "alpn": { "type": "array", "items": { "type": "string" } }, "min_version": words(&VERSIONS)
+        })),
         "backends": { "type": "array", "items": backend }
     }));
     let class = map(json!({
@@ -70,7 +81,7 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
     let bind = json!({ "anyOf": [
         { "type": "string" },
         { "type": "object", "additionalProperties": false, "required": ["address"],
-          "properties": { "address": { "type": "string" }, "advertise": { "type": "string" } } }
+          "properties": { "address": { "type": "string" }, "advertise": { "type": "string" }, "mode": { "type": "string", "pattern": "^0?[0-7]{3}$" } } }
     ] });
     json!({
         "type": "object",
@@ -85,6 +96,13 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
                 "type": "object", "additionalProperties": false, "required": ["pool"],
                 "properties": { "match": matching, "pool": { "type": "string" } } } },
             "options": options,
+            "tls": { "type": "object", "additionalProperties": false, "required": ["certificates"], "properties": {
+                "certificates": { "type": "array", "minItems": 1, "items": {
+                    "type": "object", "additionalProperties": false, "required": ["certificate", "key"],
+                    "properties": { "certificate": { "type": "string" }, "key": { "type": "string" }, "ocsp": { "type": "string" } } } },
+                "client": words(&CLIENTS), "client_ca": { "type": "string" },
+                "alpn": { "type": "array", "items": { "type": "string" } },
+                "min_version": words(&VERSIONS), "handshake": duration } },
             "limits": { "type": "object", "additionalProperties": false, "properties": {
                 "connections": { "type": "integer", "minimum": 1 },
                 "queued_bytes": { "type": "integer", "minimum": 4096 },

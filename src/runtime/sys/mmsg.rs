@@ -155,7 +155,7 @@ impl SendBatch {
 // SAFETY: as for `RecvBatch`; the pointers to the caller's bytes are never used after `send`.
 unsafe impl Send for SendBatch {}
 
-fn from_storage(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
+pub(super) fn from_storage(storage: &libc::sockaddr_storage) -> Option<SocketAddr> {
     let pointer: *const libc::sockaddr_storage = storage;
     match libc::c_int::from(storage.ss_family) {
         libc::AF_INET => {

@@ -1,6 +1,8 @@
 //! The only unsafe code of the project: system calls that no safe wrapper offers without
 //! allocating. Each block says which sentence of the man page it keeps to.
 
+mod icmp;
 mod mmsg;
 
+pub(crate) use icmp::{SendError, keep_errors, next_error};
 pub(crate) use mmsg::{RecvBatch, SendBatch};

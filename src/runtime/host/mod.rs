@@ -1,0 +1,405 @@
+//! A listener on one worker: its engine, and everything that the engine's wishes touch.
+//!
+//! All of it lives on the worker's thread. Tasks (sockets, connections, timer, mailbox) come here
+//! with what happened; the engine is called, and its outbox is carried out before the call returns.
+//! Nothing here waits: what must wait is done by a task of its own.
+
+mod batch;
+mod flows;
+
+use std::cell::{Cell, RefCell, RefMut};
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use strowger_contract::{
+    BackendId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Opened, Outbox,
+    PeerChange, Protocol, Transport, WorkerId,
+};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::runtime::datagram::DatagramPort;
+use crate::runtime::intake::TakenIn;
+use crate::runtime::link::LinkTable;
+use crate::runtime::mailbox::Letters;
+use crate::runtime::shared::{NodeEvent, Shared};
+use crate::runtime::socket::Stream;
+use crate::runtime::stream::{Connection, serve};
+use crate::runtime::sys::SendError;
+pub(crate) use batch::Batch;
+use flows::Flows;
+
+use crate::observe::{ListenerMetrics, TapPort};
+use crate::routing::{CoreRouter, Grant, ListenerSpec, Setup};
+
+/// What a stream is read into before it is cut: one per listener and worker.
+const SCRATCH_BYTES: usize = 64 << 10;
+
+/// How many times [`crate::routing::ListenerLimits::queued_bytes`] may wait for one peer before it
+/// is cut off.
+const CUT_OFF_FACTOR: usize = 4;
+
+/// A listener on one worker.
+pub(crate) struct Host<P: Protocol> {
+    pub(crate) worker: WorkerId,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) ports: Vec<Option<Rc<DatagramPort>>>,
+    pub(crate) scratch: RefCell<Vec<u8>>,
+    pub(crate) stop: CancellationToken,
+    cell: RefCell<State<P>>,
+    timer: Notify,
+    /// Told by any worker when a waiting request of this one's was settled.
+    granted: Arc<Notify>,
+    armed: Cell<Option<Instant>>,
+    queued_bytes_max: Cell<usize>,
+}
+
+/// What the engine and its wishes touch.
+pub(crate) struct State<P: Protocol> {
+    pub(crate) engine: P::Engine,
+    pub(crate) router: CoreRouter,
+    pub(crate) metrics: ListenerMetrics,
+    tap: TapPort,
+    pub(crate) links: LinkTable,
+    pub(crate) spec: Arc<ListenerSpec>,
+    setup: Arc<Setup<P>>,
+    out: Outbox,
+    flows: Flows,
+    /// Streams by the other side's address, for [`Endpoint::Remote`].
+    remotes: HashMap<(Transport, SocketAddr), Rc<Connection>>,
+    dialing: HashMap<(Transport, SocketAddr), Vec<u8>>,
+    /// What the engine is yet to hear.
+    news: VecDeque<(Endpoint, PeerChange)>,
+    dirty: Vec<Rc<Connection>>,
+    dials: Vec<Dial>,
+    grants: Vec<Grant>,
+    restarts: u64,
+}
+
+/// A connection that a task is to open.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Dial {
+    /// To a backend.
+    Backend(BackendId),
+    /// To somebody else.
+    Remote(Transport, SocketAddr),
+}
+
+impl<P: Protocol> Host<P> {
+    /// Makes the engine and everything around it; tasks are started by `launch`.
+    pub(crate) fn new(
+        worker: WorkerId,
+        shared: Arc<Shared>,
+        spec: Arc<ListenerSpec>,
+        setup: Arc<Setup<P>>,
+        ports: Vec<Option<Rc<DatagramPort>>>,
+        stop: CancellationToken,
+    ) -> Rc<Self> {
+        let engine = P::engine(&context(worker, &shared, &setup, 0));
+        let state = State {
+            engine,
+            router: shared.core.router(worker),
+            metrics: shared.metrics.listener(&shared.name, P::NAME, worker),
+            tap: TapPort::new(&shared.sinks.tap, P::NAME, &shared.name),
+            links: LinkTable::default(),
+            setup,
+            out: Outbox::new(),
+            flows: Flows::default(),
+            remotes: HashMap::new(),
+            dialing: HashMap::new(),
+            news: VecDeque::new(),
+            dirty: Vec::new(),
+            dials: Vec::new(),
+            grants: Vec::new(),
+            restarts: 0,
+            spec: Arc::clone(&spec),
+        };
+        let granted = Arc::new(Notify::new());
+        let told = Arc::clone(&granted);
+        state.router.set_waker(Arc::new(move || told.notify_one()));
+        Rc::new(Self {
+            worker,
+            shared,
+            ports,
+            scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
+            stop,
+            cell: RefCell::new(state),
+            timer: Notify::new(),
+            granted,
+            armed: Cell::new(None),
+            queued_bytes_max: Cell::new(spec.limits.queued_bytes),
+        })
+    }
+
+    /// Above so many waiting bytes a peer is read from no more.
+    pub(crate) fn queued_bytes_max(&self) -> usize {
+        self.queued_bytes_max.get()
+    }
+
+    /// The state, for what needs no engine call.
+    pub(crate) fn state(&self) -> RefMut<'_, State<P>> {
+        self.cell.borrow_mut()
+    }
+
+    /// Ends when the listener is to stop.
+    pub(crate) async fn stopped(&self) {
+        self.stop.cancelled().await;
+    }
+
+    /// Opens a batch: the engine is called any number of times, then its wishes are carried out.
+    pub(crate) fn batch<R>(
+        self: &Rc<Self>,
+        now: Instant,
+        work: impl FnOnce(&mut Batch<'_, P>) -> R,
+    ) -> R {
+        let mut state = self.cell.borrow_mut();
+        state.router.refresh();
+        let mut batch = Batch { host: self, state: &mut state, now };
+        let result = work(&mut batch);
+        batch.settle();
+        self.rearm(&state);
+        let dials = std::mem::take(&mut state.dials);
+        self.shared.in_progress[usize::from(self.worker.0)]
+            .store(state.engine.in_progress(), Ordering::Relaxed);
+        drop(state);
+        for dial in dials {
+            crate::runtime::link::dial(self, dial);
+        }
+        result
+    }
+
+    /// Tells the engine of a change, and the worker's other parts of its wishes.
+    pub(crate) fn tell(self: &Rc<Self>, peer: Endpoint, change: PeerChange) {
+        self.batch(Instant::now(), |batch| batch.tell(peer, change));
+    }
+
+    /// Writes a connection's queue outside of a batch.
+    pub(crate) fn write(&self, connection: &Rc<Connection>) {
+        let mut state = self.cell.borrow_mut();
+        self.write_in(&mut state, connection);
+    }
+
+    fn write_in(&self, state: &mut State<P>, connection: &Rc<Connection>) {
+        let progress = connection.write();
+        if progress.written > 0 {
+            state.metrics.sent(0, progress.written as u64);
+        }
+        if let Endpoint::Backend(backend) = connection.endpoint {
+            let limit = self.queued_bytes_max.get();
+            let congested = connection.congested.get();
+            if !congested && progress.queued > limit || congested && progress.queued < limit / 2 {
+                connection.congested.set(!congested);
+                self.shared.core.set_congested(backend, !congested);
+            }
+        }
+    }
+
+    /// Tells the engine of what ICMP said of datagrams that it sent: at once, where a transaction's
+    /// timer would take seconds.
+    pub(crate) fn unreachable(self: &Rc<Self>, port: &DatagramPort, errors: &mut Vec<SendError>) {
+        let cause = |errno| match errno {
+            libc::ECONNREFUSED => Some(("icmp_refused", CloseCause::Refused)),
+            libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EHOSTDOWN | libc::EACCES => {
+                Some(("icmp_unreachable", CloseCause::Unreachable))
+            }
+            // EMSGSIZE: the kernel has learned the path's size; the sender repeats.
+            _ => None,
+        };
+        // One datagram that is refused ten times over is told once.
+        errors.sort_by_key(|error| (error.remote, error.errno));
+        errors.dedup();
+        self.batch(Instant::now(), |batch| {
+            for SendError { remote, errno } in errors.drain(..) {
+                let Some((word, cause)) = cause(errno) else { continue };
+                batch.count(word);
+                let peer = Endpoint::Datagram { socket: port.index, remote };
+                batch.tell(peer, PeerChange::Closed(cause));
+            }
+        });
+    }
+
+    /// Tells the engine of a connection that opened.
+    pub(crate) fn opened(self: &Rc<Self>, peer: Endpoint, opened: Opened<'_>) {
+        self.batch(Instant::now(), |batch| batch.opened(peer, opened));
+    }
+
+    /// Serves a client's connection until it ends.
+    pub(crate) async fn serve(self: Rc<Self>, taken: TakenIn, transport: Transport) {
+        let TakenIn { stream, remote, local, facts, early } = taken;
+        let (flow, connection) = self.adopt(stream, remote, local, transport);
+        let opened = Opened { remote, local, transport, facts: &facts };
+        self.opened(Endpoint::Client(flow), opened);
+        drop(facts);
+        let cause = if P::LINKS == strowger_contract::Links::None {
+            crate::runtime::splice::serve(&self, flow, &connection, early).await
+        } else {
+            let idle = self.state().spec.limits.idle;
+            serve(&self, &connection, idle, early).await
+        };
+        self.release(flow, &connection, cause);
+    }
+
+    /// Enters a stream into the flows.
+    pub(crate) fn adopt(
+        &self,
+        stream: Stream,
+        remote: SocketAddr,
+        local: SocketAddr,
+        transport: Transport,
+    ) -> (FlowId, Rc<Connection>) {
+        let mut state = self.cell.borrow_mut();
+        let flow = state.flows.reserve(self.worker);
+        let connection = Connection::new(stream, Endpoint::Client(flow), remote, local, transport);
+        state.flows.set(flow, Rc::clone(&connection));
+        state.remotes.insert((transport, remote), Rc::clone(&connection));
+        state.metrics.connection_opened();
+        (flow, connection)
+    }
+
+    /// Takes a flow out and tells the engine.
+    pub(crate) fn release(
+        self: &Rc<Self>,
+        flow: FlowId,
+        connection: &Rc<Connection>,
+        cause: CloseCause,
+    ) {
+        {
+            let mut state = self.cell.borrow_mut();
+            state.flows.remove(flow);
+            let key = (connection.transport, connection.remote);
+            if state.remotes.get(&key).is_some_and(|known| Rc::ptr_eq(known, connection)) {
+                state.remotes.remove(&key);
+            }
+            state.metrics.connection_closed(cause);
+        }
+        self.tell(Endpoint::Client(flow), PeerChange::Closed(cause));
+    }
+
+    /// A dialed remote is open: what waited for it goes out.
+    pub(crate) fn dialed(&self, connection: &Rc<Connection>) {
+        let mut state = self.cell.borrow_mut();
+        if let Some(waiting) = state.dialing.remove(&(connection.transport, connection.remote)) {
+            connection.push(&waiting, CUT_OFF_FACTOR * self.queued_bytes_max.get());
+            self.write_in(&mut state, connection);
+        }
+    }
+
+    /// A remote could not be dialed.
+    pub(crate) fn not_dialed(
+        self: &Rc<Self>,
+        transport: Transport,
+        address: SocketAddr,
+        cause: CloseCause,
+    ) {
+        self.cell.borrow_mut().dialing.remove(&(transport, address));
+        self.tell(Endpoint::Remote { transport, address }, PeerChange::Closed(cause));
+    }
+
+    /// A stream can no longer be cut.
+    pub(crate) fn lost_framing(&self, connection: &Rc<Connection>, error: &FrameError) {
+        connection.close(Closing::Flushed, CloseCause::Framing);
+        self.shared
+            .event(NodeEvent::Framing { remote: connection.remote, detail: error.to_string() });
+    }
+
+    /// Works through what other workers sent.
+    pub(crate) fn letters(self: &Rc<Self>, letters: &Letters) {
+        self.batch(Instant::now(), |batch| {
+            for mail in &letters.mail {
+                batch.mail(mail, &letters.bytes);
+            }
+        });
+    }
+
+    /// New options and routes; what is under way goes on.
+    pub(crate) fn reconfigure(self: &Rc<Self>, spec: &Arc<ListenerSpec>, setup: Arc<Setup<P>>) {
+        self.queued_bytes_max.set(spec.limits.queued_bytes);
+        self.batch(Instant::now(), |batch| {
+            batch.state.spec = Arc::clone(spec);
+            batch.state.setup = setup;
+            let setup = Arc::clone(&batch.state.setup);
+            let context =
+                context(batch.host.worker, &batch.host.shared, &setup, batch.state.restarts);
+            batch.guard(|state, _, _| P::reconfigure(&mut state.engine, &context));
+        });
+    }
+
+    /// The node is leaving.
+    pub(crate) fn drain(self: &Rc<Self>) {
+        self.batch(Instant::now(), |batch| {
+            batch.guard(|state, now, out| state.engine.on_drain(now, &mut state.router, out));
+        });
+    }
+
+    /// Calls the engine whenever it wants to be called. Never ends.
+    pub(crate) async fn keep_time(self: Rc<Self>) {
+        loop {
+            match self.armed.get() {
+                None => self.timer.notified().await,
+                Some(at) => {
+                    tokio::select! {
+                        () = self.timer.notified() => continue,
+                        () = tokio::time::sleep_until(at.into()) => {}
+                    }
+                    self.armed.set(None);
+                    self.batch(Instant::now(), |batch| {
+                        batch.guard(|state, now, out| {
+                            state.engine.on_timeout(now, &mut state.router, out)
+                        });
+                    });
+                }
+            }
+        }
+    }
+
+    /// Passes on what became of waiting requests when another worker settled them. Never ends.
+    pub(crate) async fn take_grants(self: Rc<Self>) {
+        loop {
+            self.granted.notified().await;
+            self.batch(Instant::now(), |_| ());
+        }
+    }
+
+    fn rearm(&self, state: &State<P>) {
+        let wanted = [state.engine.next_timeout(), state.router.next_timeout()];
+        let Some(next) = wanted.into_iter().flatten().min() else { return };
+        // A timer that is armed too early costs one wake; only a later one must be moved.
+        if self.armed.get().is_none_or(|armed| next < armed) {
+            self.armed.set(Some(next));
+            self.timer.notify_one();
+        }
+    }
+
+    /// Closes everything; the listener or the worker's engine goes away.
+    fn close_all(state: &State<P>, cause: CloseCause) {
+        for connection in state.flows.all() {
+            connection.close(Closing::Flushed, cause);
+        }
+        for connection in state.links.connections() {
+            connection.close(Closing::Flushed, cause);
+        }
+    }
+}
+
+fn context<'a, P: Protocol>(
+    worker: WorkerId,
+    shared: &'a Shared,
+    setup: &'a Setup<P>,
+    restarts: u64,
+) -> Context<'a, P> {
+    // A restarted engine must not repeat its predecessor's branches and identifiers.
+    let seed =
+        shared.seed ^ restarts.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ u64::from(worker.0) << 48;
+    Context {
+        worker,
+        workers: shared.workers,
+        seed,
+        started: shared.started,
+        scope: &setup.scope,
+        options: &setup.options,
+    }
+}

@@ -1,0 +1,259 @@
+//! One stream, whatever it runs over. Plain TCP goes straight to the kernel; TLS goes through
+//! rustls, which does no input or output of its own.
+
+use std::cell::RefCell;
+use std::io::{self, Read as _, Write as _};
+use std::net::Shutdown;
+use std::time::Duration;
+
+use socket2::SockRef;
+use tokio::io::{Interest, Ready};
+use tokio::net::{TcpStream, UnixStream};
+
+/// What TLS may hold of bytes that the kernel has not taken: a few records.
+const TLS_UNSENT_MAX: usize = 64 << 10;
+
+/// Reads of the kernel's bytes in one read of plain text. A peer that sends records without text
+/// (empty ones, tickets, key updates) must not hold the worker.
+const TLS_READS_PER_TURN: usize = 16;
+
+/// A stream.
+pub(crate) enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+    Tls(Box<TlsStream>),
+}
+
+impl Stream {
+    /// Reads what is there; 0 at the end.
+    pub(crate) fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_read(buffer),
+            Self::Unix(stream) => stream.try_read(buffer),
+            Self::Tls(stream) => stream.try_read(buffer),
+        }
+    }
+
+    /// Writes what is taken now.
+    pub(crate) fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(stream) => stream.try_write(bytes),
+            Self::Unix(stream) => stream.try_write(bytes),
+            Self::Tls(stream) => stream.try_write(bytes),
+        }
+    }
+
+    /// Waits until it can be read or written, as asked.
+    pub(crate) async fn ready(&self, interest: Interest) -> io::Result<Ready> {
+        match self {
+            Self::Tcp(stream) => stream.ready(interest).await,
+            Self::Unix(stream) => stream.ready(interest).await,
+            Self::Tls(stream) => stream.ready(interest).await,
+        }
+    }
+
+    /// Whether written bytes still wait here for the kernel.
+    pub(crate) fn has_unsent(&self) -> bool {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => false,
+            Self::Tls(stream) => stream.session.borrow().wants_write(),
+        }
+    }
+
+    /// Gives the kernel what waits here.
+    pub(crate) fn flush(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(_) | Self::Unix(_) => Ok(()),
+            Self::Tls(stream) => flush(&mut stream.session.borrow_mut(), &stream.socket),
+        }
+    }
+
+    /// Says that nothing more will be written. What still waits here must have gone before.
+    pub(crate) fn shutdown_write(&self) -> io::Result<()> {
+        if let Self::Tls(stream) = self {
+            let mut session = stream.session.borrow_mut();
+            session.send_close_notify();
+            flush(&mut session, &stream.socket)?;
+        }
+        match self.reference().shutdown(Shutdown::Write) {
+            // The other side has gone already; there is nobody left to tell.
+            Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Says goodbye where the transport has a word for it; the socket is closed afterwards.
+    pub(crate) fn say_goodbye(&self) {
+        if let Self::Tls(stream) = self {
+            let mut session = stream.session.borrow_mut();
+            session.send_close_notify();
+            // It is a courtesy.
+            let _gone = flush(&mut session, &stream.socket);
+        }
+    }
+
+    /// Makes the socket's close a reset.
+    pub(crate) fn reset_on_close(&self) {
+        // A failure means that the other side was first.
+        let _gone = self.reference().set_linger(Some(Duration::ZERO));
+    }
+
+    /// The socket, for its options.
+    pub(crate) fn reference(&self) -> SockRef<'_> {
+        match self {
+            Self::Tcp(stream) => SockRef::from(stream),
+            Self::Unix(stream) => SockRef::from(stream),
+            Self::Tls(stream) => SockRef::from(&stream.socket),
+        }
+    }
+
+    /// Small messages must not wait for acknowledgements.
+    pub(crate) fn set_nodelay(&self) {
+        if !matches!(self, Self::Unix(_)) {
+            // A failure only costs time.
+            let _delayed = self.reference().set_tcp_nodelay(true);
+        }
+    }
+}
+
+/// A stream inside TLS, after its handshake.
+pub(crate) struct TlsStream {
+    socket: TcpStream,
+    session: RefCell<rustls::Connection>,
+}
+
+impl TlsStream {
+    /// Does the handshake; `early` is what was already read of the socket.
+    pub(crate) async fn handshake(
+        socket: TcpStream,
+        mut session: rustls::Connection,
+        mut early: &[u8],
+    ) -> io::Result<Self> {
+        session.set_buffer_limit(Some(TLS_UNSENT_MAX));
+        loop {
+            flush(&mut session, &socket)?;
+            if !session.is_handshaking() && !session.wants_write() && early.is_empty() {
+                break;
+            }
+            if session.wants_write() {
+                socket.writable().await?;
+                continue;
+            }
+            let taken = if early.is_empty() {
+                session.read_tls(&mut Raw(&socket))
+            } else {
+                session.read_tls(&mut early)
+            };
+            match taken {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => process(&mut session, &socket)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    socket.readable().await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Self { socket, session: RefCell::new(session) })
+    }
+
+    /// The session, for what it agreed on.
+    pub(crate) fn session(&self) -> std::cell::Ref<'_, rustls::Connection> {
+        self.session.borrow()
+    }
+
+    fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut session = self.session.borrow_mut();
+        for _ in 0..TLS_READS_PER_TURN {
+            match session.reader().read(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // Many peers close without a word; what they sent is cut by its own protocol.
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
+                result => return result,
+            }
+            session.read_tls(&mut Raw(&self.socket))?;
+            process(&mut session, &self.socket)?;
+        }
+        // Readiness is still set: the next turn goes on.
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut session = self.session.borrow_mut();
+        flush(&mut session, &self.socket)?;
+        if session.wants_write() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let taken = session.writer().write(bytes)?;
+        flush(&mut session, &self.socket)?;
+        Ok(taken)
+    }
+
+    async fn ready(&self, interest: Interest) -> io::Result<Ready> {
+        loop {
+            let (unsent, text) = {
+                let mut session = self.session.borrow_mut();
+                let state = process(&mut session, &self.socket);
+                let text = match &state {
+                    Ok(()) => session.reader().into_first_chunk().is_ok(),
+                    Err(_) => true,
+                };
+                (session.wants_write(), text)
+            };
+            if interest.is_readable() && text {
+                return Ok(Ready::READABLE);
+            }
+            let wanted = if unsent { interest | Interest::WRITABLE } else { interest };
+            let ready = self.socket.ready(wanted).await?;
+            if unsent && ready.is_writable() {
+                flush(&mut self.session.borrow_mut(), &self.socket)?;
+                if !interest.is_writable() && !ready.is_readable() {
+                    continue;
+                }
+            }
+            return Ok(ready);
+        }
+    }
+}
+
+/// The kernel's side, for rustls.
+struct Raw<'a>(&'a TcpStream);
+
+impl io::Read for Raw<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.try_read(buffer)
+    }
+}
+
+impl io::Write for Raw<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.try_write(bytes)
+    }
+
+    fn write_vectored(&mut self, parts: &[io::IoSlice<'_>]) -> io::Result<usize> {
+        self.0.try_write_vectored(parts)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn flush(session: &mut rustls::Connection, socket: &TcpStream) -> io::Result<()> {
+    while session.wants_write() {
+        match session.write_tls(&mut Raw(socket)) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Takes what was read apart; a wrong record is answered by its alert.
+fn process(session: &mut rustls::Connection, socket: &TcpStream) -> io::Result<()> {
+    if let Err(error) = session.process_new_packets() {
+        let _told = flush(session, socket);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+    }
+    flush(session, socket)
+}

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use divan::{Bencher, black_box, counter::ItemsCount};
 use rig::{DiameterRig, SipRig, core, invite, key};
-use strowger_contract::{ClassId, Query, Router, WorkerId};
+use strowger::routing::BindingTable;
+use strowger_contract::{BindingKey, ClassId, Keyer, Query, Router, WorkerId};
 use strowger_sip::Mode;
 use strowger_sip::scan::Scan;
 
@@ -100,4 +101,43 @@ fn session_lookup_among_a_million(bencher: Bencher<'_, '_>) {
 #[divan::bench(sample_count = 10)]
 fn snapshot_of_10_000_backends(bencher: Bencher<'_, '_>) {
     bencher.bench_local(|| core(Instant::now(), 10_000, "udp://127.0.0.", ""));
+}
+
+fn subscriber(number: u64) -> [BindingKey; 4] {
+    let keyer = Keyer::new([7; 16]);
+    std::array::from_fn(|kind| {
+        BindingKey::new(&keyer, kind as u8, &number.to_le_bytes(), kind >= 2)
+    })
+}
+
+/// A look-up among 200,000 subscribers with four names each (152 bytes a session in all, see
+/// `BYTES_PER_BINDING`).
+#[divan::bench(sample_size = 1_000)]
+fn binding_lookup(bencher: Bencher<'_, '_>) {
+    const SUBSCRIBERS: u64 = 200_000;
+    let table = BindingTable::new(1 << 18);
+    for number in 0..SUBSCRIBERS {
+        table.bind(number + 1, &subscriber(number), 1, (0, 100), false, |_| true);
+    }
+    let names: Vec<BindingKey> =
+        (0..4_096).map(|at| subscriber(at * 48)[at as usize % 4]).collect();
+    let mut at = 0;
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| {
+        at += 1;
+        table.get(names[at % names.len()], 1)
+    });
+}
+
+/// A session of four names that begins and ends, among 200,000 others.
+#[divan::bench(sample_size = 1_000)]
+fn binding_begins_and_ends(bencher: Bencher<'_, '_>) {
+    let table = BindingTable::new(1 << 18);
+    for number in 0..200_000 {
+        table.bind(number + 1, &subscriber(number), 1, (0, 100), false, |_| true);
+    }
+    let names = subscriber(1_000_000);
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| {
+        table.bind(0x9e37_79b9_7f4a_7c15, &names, 1, (0, 100), false, |_| true);
+        table.unbind(0x9e37_79b9_7f4a_7c15)
+    });
 }

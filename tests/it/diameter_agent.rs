@@ -264,12 +264,14 @@ fn rx_follows_gx_by_address_alone() {
     let servers: Vec<Peer> =
         ports.iter().zip(hosts).map(|(&port, host)| Peer::start(port, host, policy)).collect();
     let list = [("a", ports[0]), ("b", ports[1]), ("c", ports[2])];
-    let edge = Edge::start(&config(
+    let yaml = config(
         port,
         &list,
         ", bindings: { missing: 3002 }",
         "    balance: round-robin\n    bind_keys: [imsi, framed-ip]\n",
-    ));
+    );
+    // One connection is silent while the other is used.
+    let edge = Edge::start(&yaml.replace("watchdog: 500ms", "watchdog: 60s"));
     up(&edge, &["a", "b", "c"]);
     let (gateway, af) = ("pgw.example.net", "pcscf.example.net");
     let (mut gx_link, mut rx_link) = (client(port, gateway), client(port, af));
@@ -528,6 +530,134 @@ fn restarts_and_stateless_applications() {
         assert_ne!(result(answer), 0);
     }
     assert_eq!(sessions(&edge), before, "nothing is remembered of them");
+}
+
+/// Overload reports (RFC 7683): what must not go to a server goes to another as long as the report
+/// holds; the features are told in requests.
+#[test]
+fn overload_reports_are_honoured() {
+    let _alone = alone();
+    let (port, one, two) = (free_port(), free_port(), free_port());
+    let first = Peer::start(one, "a.example.net", |peer, header, message| {
+        let (mut group, mut avp) = (Vec::new(), Vec::new());
+        append(&mut group, code::OC_SEQUENCE_NUMBER, 0, &7u64.to_be_bytes());
+        append(&mut group, code::OC_REPORT_TYPE, 0, &0u32.to_be_bytes());
+        append(&mut group, code::OC_REDUCTION_PERCENTAGE, 0, &100u32.to_be_bytes());
+        append(&mut group, code::OC_VALIDITY_DURATION, 0, &3u32.to_be_bytes());
+        append(&mut avp, code::OC_OLR, 0, &group);
+        Some(peer.answer(header, message, 2_001, &avp))
+    });
+    let _second = Peer::start(two, "b.example.net", good);
+    let options = ", overload: { doic: true }";
+    let yaml = config(port, &[("a", one), ("b", two)], options, "    balance: priority\n")
+        .replace("a.example.net }", "a.example.net, priority: 1 }")
+        .replace("b.example.net }", "b.example.net, priority: 2 }");
+    let edge = Edge::start(&yaml);
+    up(&edge, &["a", "b"]);
+    let host = "client.example.net";
+    let mut connection = client(port, host);
+    let mut number = 0;
+    let mut ask = || {
+        number += 1;
+        let asked = ccr(&format!("s;{number}"), 1, host, None, number);
+        text(Summary::of(&exchange(&mut connection, &[asked])[&number]).origin_host)
+    };
+    assert_eq!(ask(), "a.example.net");
+    let reported = Instant::now();
+    for _ in 0..50 {
+        let owner = ask();
+        // On a slow machine the report may be over before the fifty are.
+        assert!(owner == "b.example.net" || reported.elapsed() > Duration::from_secs(2));
+    }
+    let first_request = first.requests()[0].clone();
+    assert!(Summary::of(&first_request).tells_features);
+    let end = Instant::now() + Duration::from_secs(20);
+    while ask() != "a.example.net" {
+        assert!(Instant::now() < end, "the report never ends");
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert!(reported.elapsed() >= Duration::from_millis(2_900));
+}
+
+/// The edge leaves under load: what is under way is answered, then peers hear DPR (REBOOTING), and
+/// nothing comes after it.
+#[test]
+fn leaving_says_goodbye() {
+    let _alone = alone();
+    let (port, one) = (free_port(), free_port());
+    let server = Peer::start(one, "a.example.net", |peer, header, message| {
+        thread::sleep(Duration::from_millis(300));
+        good(peer, header, message)
+    });
+    let mut edge = Edge::start(&config(port, &[("a", one)], "", ""));
+    up(&edge, &["a"]);
+    let host = "client.example.net";
+    let mut connection = client(port, host);
+    assert!(connection.send(&ccr("s;1", 1, host, None, 1)));
+    let asked = Instant::now();
+    while server.requests().is_empty() {
+        assert!(asked.elapsed() < Duration::from_secs(10));
+        thread::sleep(Duration::from_millis(5));
+    }
+    let ended = thread::spawn(move || edge.process.terminate());
+    let answer = connection.next().expect("an answer");
+    assert_eq!(result(&answer), 2_001, "{}", error_message(&answer));
+    let goodbye = connection.next().expect("a DPR");
+    assert_eq!(Header::read(&goodbye).expect("framed").command, DPR);
+    assert_eq!(data(&goodbye, code::DISCONNECT_CAUSE), Some(vec![0; 4]));
+    let header = Header::read(&goodbye).expect("framed");
+    let mut dpa = Vec::new();
+    Builder::new(&mut dpa, 0, DPR, 0, header.hop_by_hop, header.end_to_end)
+        .number(code::RESULT_CODE, 2_001)
+        .text(code::ORIGIN_HOST, host)
+        .text(code::ORIGIN_REALM, "example.net")
+        .finish();
+    assert!(connection.send(&dpa));
+    assert!(connection.next().is_none(), "nothing comes after it");
+    assert_eq!(ended.join().expect("it ends"), Some(0));
+}
+
+/// What one peer may send, and what one server may owe.
+#[test]
+fn limits_of_peers() {
+    let _alone = alone();
+    let (port, one, two) = (free_port(), free_port(), free_port());
+    let slow = Peer::start(one, "a.example.net", good);
+    let _fast = Peer::start(two, "b.example.net", good);
+    let options = ", peer_pending: 5, ingress: { max: 100, reserved: 50 }, answer_timeout: 60s";
+    let yaml = config(port, &[("a", one), ("b", two)], options, "    balance: priority\n")
+        .replace("a.example.net }", "a.example.net, priority: 1 }")
+        .replace("b.example.net }", "b.example.net, priority: 2 }");
+    let edge = Edge::start(&yaml);
+    up(&edge, &["a", "b"]);
+    slow.mute.store(true, Ordering::Relaxed);
+    let host = "client.example.net";
+    let mut connection = client(port, host);
+    // Nine at once, under the rate: five wait at the first, the others find the second.
+    for number in 1..=9 {
+        assert!(connection.send(&ccr(&format!("s;{number}"), 1, host, None, number)));
+    }
+    for _ in 0..4 {
+        let answer = connection.next().expect("an answer");
+        assert_eq!(text(Summary::of(&answer).origin_host), "b.example.net");
+    }
+    assert_eq!(slow.requests().len(), 5, "its bulkhead");
+    // Far over the rate: the first ones pass, most are refused at once.
+    let mut flood = client(port, "flood.example.net");
+    for number in 1..=500 {
+        assert!(flood.send(&ccr(&format!("f;{number}"), 1, "flood.example.net", None, number)));
+    }
+    let mut refused = 0;
+    for _ in 0..500 {
+        refused += u32::from(result(&flood.next().expect("an answer")) == 3_004);
+    }
+    assert!(refused > 100, "{refused}");
+    let counted = edge.metric("strowger_protocol_total", &["diameter_ingress_limit"]);
+    // The bulkhead of the second server may refuse some more.
+    assert!(counted > 100.0 && counted <= f64::from(refused), "{counted} of {refused}");
+    // The other client does not notice.
+    let other = exchange(&mut connection, &[ccr("s;10", 1, host, None, 10)]);
+    assert_eq!(result(&other[&10]), 2_001);
 }
 
 /// Captured requests pass unchanged but for what a relay must change, and so do captured answers.

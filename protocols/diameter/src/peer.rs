@@ -523,7 +523,8 @@ impl DiameterEngine {
         out: &mut Outbox,
     ) {
         router.link(now, backend, Link::Suspect);
-        self.disconnect(now, Endpoint::Backend(backend), DO_NOT_WANT_TO_TALK_TO_YOU, out);
+        // Not "do not want to talk to you": a drain may be taken back, and peers hold that against us.
+        self.disconnect(now, Endpoint::Backend(backend), REBOOTING, out);
     }
 
     pub(crate) fn on_client_gone(&mut self, now: Instant, flow: FlowId, router: &mut dyn Router) {

@@ -37,8 +37,7 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let leave =
-            self.draining && matches!(endpoint, Endpoint::Client(_)) && self.is_idle(endpoint);
+        let leave = self.draining && self.is_idle(endpoint, router);
         let stalled = self.is_stalled(now, endpoint, router);
         let Some(peer) = self.peer(endpoint) else { return };
         let (age, silent, watchdog) = (
@@ -84,8 +83,19 @@ impl DiameterEngine {
         }
     }
 
-    fn is_idle(&self, client: Endpoint) -> bool {
-        self.pending.find(|pending| pending.origin == client).is_empty()
+    /// Whether nothing of a client's, or nothing at a backend, is under way.
+    fn is_idle(&self, peer: Endpoint, router: &dyn Router) -> bool {
+        match peer {
+            Endpoint::Backend(backend) => {
+                // Clients go first: as long as one is here, it may still ask.
+                self.clients.is_empty()
+                    && router.backend(backend).is_none_or(|view| view.in_flight == 0)
+            }
+            client => {
+                self.pending.find(|pending| pending.origin == client).is_empty()
+                    && self.waiting.values().all(|pending| pending.origin != client)
+            }
+        }
     }
 
     /// The peer is given up; if it comes back, it must prove itself.

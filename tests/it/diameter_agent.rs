@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -13,9 +12,7 @@ use strowger_diameter::avp::{
 };
 use strowger_diameter::build::{Builder, append};
 
-use crate::diameter::{
-    Connection, GX, capabilities, ccr, client, dissect, error_message, text, up,
-};
+use crate::diameter::{Connection, GX, capabilities, ccr, client, error_message, text, up};
 use crate::harness::{Edge, alone, free_port};
 
 const RX: u32 = 16_777_236;
@@ -23,10 +20,10 @@ const AAR: u32 = 265;
 const CCR: u32 = 272;
 const CER: u32 = 257;
 const DWR: u32 = 280;
-const DPR: u32 = 282;
+pub(crate) const DPR: u32 = 282;
 const FRAMED_IP: u32 = 8;
 
-fn config(port: u16, servers: &[(&str, u16)], options: &str, pool: &str) -> String {
+pub(crate) fn config(port: u16, servers: &[(&str, u16)], options: &str, pool: &str) -> String {
     let list: Vec<String> = servers
         .iter()
         .map(|(id, port)| {
@@ -46,10 +43,10 @@ type Answer = dyn Fn(&Peer, &Header, &[u8]) -> Option<Vec<u8>> + Send + Sync;
 
 /// A server whose answers are a test's.
 #[derive(Clone)]
-struct Peer {
+pub(crate) struct Peer {
     host: &'static str,
     state_id: Arc<AtomicU32>,
-    mute: Arc<AtomicBool>,
+    pub(crate) mute: Arc<AtomicBool>,
     seen: Arc<Mutex<Vec<Vec<u8>>>>,
     /// Addresses of its sessions.
     addresses: Arc<Mutex<HashSet<Vec<u8>>>>,
@@ -58,7 +55,7 @@ struct Peer {
 }
 
 impl Peer {
-    fn start(
+    pub(crate) fn start(
         port: u16,
         host: &'static str,
         answer: impl Fn(&Self, &Header, &[u8]) -> Option<Vec<u8>> + Send + Sync + 'static,
@@ -125,11 +122,17 @@ impl Peer {
     }
 
     /// An answer with nothing but a result.
-    fn plain(&self, header: &Header, message: &[u8], result: u32) -> Vec<u8> {
+    pub(crate) fn plain(&self, header: &Header, message: &[u8], result: u32) -> Vec<u8> {
         self.answer(header, message, result, &[])
     }
 
-    fn answer(&self, header: &Header, message: &[u8], result: u32, more: &[u8]) -> Vec<u8> {
+    pub(crate) fn answer(
+        &self,
+        header: &Header,
+        message: &[u8],
+        result: u32,
+        more: &[u8],
+    ) -> Vec<u8> {
         let error = if (3_000..4_000).contains(&result) { FLAG_ERROR } else { 0 };
         let (hop, end) = (header.hop_by_hop, header.end_to_end);
         let flags = header.flags & FLAG_PROXIABLE | error;
@@ -161,17 +164,17 @@ impl Peer {
         }
     }
 
-    fn requests(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn requests(&self) -> Vec<Vec<u8>> {
         self.seen.lock().expect("not poisoned").clone()
     }
 }
 
-fn data(message: &[u8], wanted: u32) -> Option<Vec<u8>> {
+pub(crate) fn data(message: &[u8], wanted: u32) -> Option<Vec<u8>> {
     let mut avps = Avps::of(message).map_while(Result::ok);
     avps.find(|avp| avp.is(wanted)).map(|avp| avp.data.to_vec())
 }
 
-fn good(peer: &Peer, header: &Header, message: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn good(peer: &Peer, header: &Header, message: &[u8]) -> Option<Vec<u8>> {
     Some(peer.plain(header, message, 2_001))
 }
 
@@ -231,7 +234,7 @@ fn rx(host: &str, session: &str, ip: u32, number: u32) -> Vec<u8> {
 }
 
 /// Sends requests, so many under way at a time; the answers by End-to-End identifier.
-fn exchange(connection: &mut Connection, requests: &[Vec<u8>]) -> HashMap<u32, Vec<u8>> {
+pub(crate) fn exchange(connection: &mut Connection, requests: &[Vec<u8>]) -> HashMap<u32, Vec<u8>> {
     const UNDER_WAY: usize = 50;
     let (mut sent, mut answers) = (0, HashMap::new());
     while answers.len() < requests.len() {
@@ -248,7 +251,7 @@ fn exchange(connection: &mut Connection, requests: &[Vec<u8>]) -> HashMap<u32, V
     answers
 }
 
-fn result(answer: &[u8]) -> u32 {
+pub(crate) fn result(answer: &[u8]) -> u32 {
     Summary::of(answer).result_code.unwrap_or(0)
 }
 
@@ -577,154 +580,4 @@ fn overload_reports_are_honoured() {
         thread::sleep(Duration::from_millis(100));
     }
     assert!(reported.elapsed() >= Duration::from_millis(2_900));
-}
-
-/// The edge leaves under load: what is under way is answered, then peers hear DPR (REBOOTING), and
-/// nothing comes after it.
-#[test]
-fn leaving_says_goodbye() {
-    let _alone = alone();
-    let (port, one) = (free_port(), free_port());
-    let server = Peer::start(one, "a.example.net", |peer, header, message| {
-        thread::sleep(Duration::from_millis(300));
-        good(peer, header, message)
-    });
-    let mut edge = Edge::start(&config(port, &[("a", one)], "", ""));
-    up(&edge, &["a"]);
-    let host = "client.example.net";
-    let mut connection = client(port, host);
-    assert!(connection.send(&ccr("s;1", 1, host, None, 1)));
-    let asked = Instant::now();
-    while server.requests().is_empty() {
-        assert!(asked.elapsed() < Duration::from_secs(10));
-        thread::sleep(Duration::from_millis(5));
-    }
-    let ended = thread::spawn(move || edge.process.terminate());
-    let answer = connection.next().expect("an answer");
-    assert_eq!(result(&answer), 2_001, "{}", error_message(&answer));
-    let goodbye = connection.next().expect("a DPR");
-    assert_eq!(Header::read(&goodbye).expect("framed").command, DPR);
-    assert_eq!(data(&goodbye, code::DISCONNECT_CAUSE), Some(vec![0; 4]));
-    let header = Header::read(&goodbye).expect("framed");
-    let mut dpa = Vec::new();
-    Builder::new(&mut dpa, 0, DPR, 0, header.hop_by_hop, header.end_to_end)
-        .number(code::RESULT_CODE, 2_001)
-        .text(code::ORIGIN_HOST, host)
-        .text(code::ORIGIN_REALM, "example.net")
-        .finish();
-    assert!(connection.send(&dpa));
-    assert!(connection.next().is_none(), "nothing comes after it");
-    assert_eq!(ended.join().expect("it ends"), Some(0));
-}
-
-/// What one peer may send, and what one server may owe.
-#[test]
-fn limits_of_peers() {
-    let _alone = alone();
-    let (port, one, two) = (free_port(), free_port(), free_port());
-    let slow = Peer::start(one, "a.example.net", good);
-    let _fast = Peer::start(two, "b.example.net", good);
-    let options = ", peer_pending: 5, ingress: { max: 100, reserved: 50 }, answer_timeout: 60s";
-    let yaml = config(port, &[("a", one), ("b", two)], options, "    balance: priority\n")
-        .replace("a.example.net }", "a.example.net, priority: 1 }")
-        .replace("b.example.net }", "b.example.net, priority: 2 }");
-    let edge = Edge::start(&yaml);
-    up(&edge, &["a", "b"]);
-    slow.mute.store(true, Ordering::Relaxed);
-    let host = "client.example.net";
-    let mut connection = client(port, host);
-    // Nine at once, under the rate: five wait at the first, the others find the second.
-    for number in 1..=9 {
-        assert!(connection.send(&ccr(&format!("s;{number}"), 1, host, None, number)));
-    }
-    for _ in 0..4 {
-        let answer = connection.next().expect("an answer");
-        assert_eq!(text(Summary::of(&answer).origin_host), "b.example.net");
-    }
-    assert_eq!(slow.requests().len(), 5, "its bulkhead");
-    // Far over the rate: the first ones pass, most are refused at once.
-    let mut flood = client(port, "flood.example.net");
-    for number in 1..=500 {
-        assert!(flood.send(&ccr(&format!("f;{number}"), 1, "flood.example.net", None, number)));
-    }
-    let mut refused = 0;
-    for _ in 0..500 {
-        refused += u32::from(result(&flood.next().expect("an answer")) == 3_004);
-    }
-    assert!(refused > 100, "{refused}");
-    let counted = edge.metric("strowger_protocol_total", &["diameter_ingress_limit"]);
-    // The bulkhead of the second server may refuse some more.
-    assert!(counted > 100.0 && counted <= f64::from(refused), "{counted} of {refused}");
-    // The other client does not notice.
-    let other = exchange(&mut connection, &[ccr("s;10", 1, host, None, 10)]);
-    assert_eq!(result(&other[&10]), 2_001);
-}
-
-/// Captured requests pass unchanged but for what a relay must change, and so do captured answers.
-#[test]
-fn captures_pass_unchanged() {
-    let Some(folder) = std::env::var_os("STROWGER_TESTDATA").map(PathBuf::from) else {
-        return println!("skipped: STROWGER_TESTDATA is not set");
-    };
-    let _alone = alone();
-    let (mut requests, mut answers) = (Vec::new(), HashMap::new());
-    let files = std::fs::read_dir(folder.join("diameter")).into_iter().flatten().flatten();
-    for file in files.flat_map(|folder| std::fs::read_dir(folder.path()).into_iter().flatten()) {
-        let path = file.expect("an entry").path();
-        if path.extension().is_none_or(|extension| extension != "bin") {
-            continue;
-        }
-        let bytes = std::fs::read(&path).expect("read");
-        let Some(header) = Header::read(&bytes).filter(|header| header.application != 0) else {
-            continue;
-        };
-        if header.is_request() && header.flags & FLAG_PROXIABLE != 0 {
-            requests.push((path, bytes));
-        } else if !header.is_request() {
-            answers.entry((header.command, header.application)).or_insert(bytes);
-        }
-    }
-    assert!(requests.len() >= 10, "{} requests", requests.len());
-    let (port, one) = (free_port(), free_port());
-    let known = answers.clone();
-    let server = Peer::start(one, "a.example.net", move |peer, header, message| {
-        let Some(answer) = known.get(&(header.command, header.application)) else {
-            return Some(peer.plain(header, message, 2_001));
-        };
-        let mut answer = answer.clone();
-        answer[12..16].copy_from_slice(&header.hop_by_hop.to_be_bytes());
-        answer[16..20].copy_from_slice(&header.end_to_end.to_be_bytes());
-        Some(answer)
-    });
-    let any = ", applications: [gx]";
-    let edge = Edge::start(&config(port, &[("a", one)], any, ""));
-    up(&edge, &["a"]);
-    let mut connection = client(port, "client.example.net");
-    let mut relayed = Vec::new();
-    for (path, request) in &requests {
-        assert!(connection.send(request));
-        let answer = connection.next().expect("an answer");
-        let header = Header::read(request).expect("framed");
-        let (sent, back) = (server.requests(), Header::read(&answer).expect("framed"));
-        assert_eq!((back.hop_by_hop, back.end_to_end), (header.hop_by_hop, header.end_to_end));
-        if let Some(wanted) = answers.get(&(header.command, header.application))
-            && Summary::of(&answer).result() == Summary::of(wanted).result()
-        {
-            assert_eq!(answer[20..], wanted[20..], "{}", path.display());
-            assert_eq!(answer[..12], wanted[..12], "{}", path.display());
-        }
-        let Some(got) = sent.get(relayed.len()) else {
-            panic!("{}: {}", path.display(), error_message(&answer));
-        };
-        relayed.push(got.clone());
-        assert_eq!(got[0], request[0]);
-        assert_eq!(got[4..12], request[4..12], "{}", path.display());
-        assert_eq!(got[16..request.len()], request[16..], "{}", path.display());
-        let rest: Vec<_> = Avps::within(&got[request.len()..]).flatten().collect();
-        assert!(rest.len() == 1 && rest[0].is(code::ROUTE_RECORD), "{}", path.display());
-    }
-    assert!(!relayed.is_empty());
-    // Some captures are malformed in tshark's eyes to begin with.
-    let originals: Vec<Vec<u8>> = requests.into_iter().map(|(_, request)| request).collect();
-    assert_eq!(dissect(&relayed), dissect(&originals));
 }

@@ -7,6 +7,7 @@ mod decode;
 mod demo;
 mod diameter;
 mod diameter_agent;
+mod diameter_limits;
 mod diameter_peers;
 mod harness;
 mod load;

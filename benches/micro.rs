@@ -31,6 +31,16 @@ fn sip_invite_stateless(bencher: Bencher<'_, '_>) {
     bencher.counter(ItemsCount::new(1u32)).bench_local(|| rig.invite());
 }
 
+/// An INVITE refused for want of slots: scanned, asked for, answered with 503.
+#[divan::bench(sample_size = 1_000)]
+fn sip_invite_refused(bencher: Bencher<'_, '_>) {
+    let mut rig = SipRig::overloaded(Instant::now());
+    let told = rig.invite_refused();
+    let told = String::from_utf8_lossy(&told);
+    assert!(told.contains("SIP/2.0 503"), "{told}");
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| rig.invite());
+}
+
 /// A whole call (INVITE, 180, 200, ACK, BYE, 200) by the stateful proxy, with its timers.
 #[divan::bench(sample_size = 1_000)]
 fn sip_call_stateful(bencher: Bencher<'_, '_>) {

@@ -75,6 +75,7 @@ fn context_scope<M>(pool: PoolId, transport: Transport) -> Scope<M> {
 /// SIP over UDP: INVITE, 180, 200, ACK, BYE, 200 of one call after the other.
 pub(crate) struct SipRig {
     engine: SipEngine,
+    core: Arc<Core>,
     router: CoreRouter,
     pub(crate) out: Outbox,
     now: Instant,
@@ -144,6 +145,7 @@ impl SipRig {
         Self {
             engine,
             router: core.router(WorkerId(0)),
+            core,
             out: Outbox::new(),
             now,
             call: 0,
@@ -168,6 +170,25 @@ impl SipRig {
         self.engine.on_message(self.now, message, &mut self.router, &mut self.out);
     }
 
+    /// One whose only backend has one slot, which is taken, and whose queue for calls is full: the
+    /// next INVITE is refused.
+    #[allow(dead_code, reason = "the micro benches use it, the allocation count does not")]
+    pub(crate) fn overloaded(now: Instant) -> Self {
+        let mut rig = Self::new(now, Mode::Stateful, 1);
+        let snapshot = Arc::clone(rig.router.snapshot());
+        let backends: Vec<BackendId> =
+            snapshot.pools().flat_map(|pool| pool.backends().map(|one| one.id)).collect();
+        for backend in backends {
+            rig.core.set_reported_slots(backend, Some(1));
+        }
+        // One takes the slot, 4,000 wait (`queue_max` of setup), and refusals fill the room that is
+        // kept to remember them in.
+        for _ in 0..120_000 {
+            rig.invite();
+        }
+        rig
+    }
+
     fn next_invite(&mut self) {
         self.call += 1;
         self.bytes.clear();
@@ -178,6 +199,13 @@ impl SipRig {
         for &at in &self.id_at {
             self.bytes[at..at + 8].copy_from_slice(&digits);
         }
+    }
+
+    /// Sends an INVITE; what came back.
+    #[allow(dead_code, reason = "the micro benches use it, the allocation count does not")]
+    pub(crate) fn invite_refused(&mut self) -> Vec<u8> {
+        self.invite();
+        self.out.arena().to_vec()
     }
 
     /// Relays an INVITE; how many bytes went to a backend.

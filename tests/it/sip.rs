@@ -86,7 +86,7 @@ fn uac(
 
 impl Uac {
     fn done(mut self) -> Calls {
-        let code = self.process.wait(Duration::from_secs(90));
+        let code = self.process.wait(Duration::from_secs(180));
         Calls {
             code,
             log: String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned(),

@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use memchr::{memchr, memrchr};
+use memchr::{memchr, memchr2, memrchr};
 use strowger_contract::Transport;
 
 /// A `sip:` or `sips:` URI.
@@ -81,6 +81,20 @@ pub fn parse_ip(host: &[u8]) -> Option<IpAddr> {
     std::str::from_utf8(host).ok()?.parse().ok()
 }
 
+/// What a host name or address may consist of.
+const HOST_BYTES: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        table[byte] = matches!(
+            byte as u8,
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'.' | b'-' | b'_' | b':' | b'%'
+        );
+        byte += 1;
+    }
+    table
+};
+
 /// Splits `host:port`. The host must not be empty, an IPv6 reference stands in brackets, and a port
 /// is 1 to 65535.
 #[must_use]
@@ -92,8 +106,7 @@ pub fn split_host_port(text: &[u8]) -> Option<(&[u8], Option<u16>)> {
         let colon = memchr(b':', text).unwrap_or(text.len());
         (text[..colon].trim_ascii(), text[colon..].trim_ascii())
     };
-    let good = |&byte: &u8| byte.is_ascii_alphanumeric() || b".-_:%".contains(&byte);
-    if host.is_empty() || !host.iter().all(good) {
+    if host.is_empty() || !host.iter().all(|&byte| HOST_BYTES[usize::from(byte)]) {
         return None;
     }
     if rest.is_empty() {
@@ -112,14 +125,17 @@ pub fn split_host_port(text: &[u8]) -> Option<(&[u8], Option<u16>)> {
 pub fn parameter<'a>(parameters: &'a [u8], name: &[u8]) -> Option<Option<&'a [u8]>> {
     let mut rest = parameters;
     while let Some(start) = memchr(b';', rest) {
-        rest = &rest[start + 1..];
+        rest = rest[start + 1..].trim_ascii_start();
+        let same = rest.get(..name.len()).is_some_and(|key| key.eq_ignore_ascii_case(name));
         let end = end_of_parameter(rest);
-        let (text, equals) = (&rest[..end], memchr(b'=', &rest[..end]));
-        let (key, value) = equals.map_or((text, None), |equals| {
-            (&text[..equals], Some(text[equals + 1..].trim_ascii()))
-        });
-        if key.trim_ascii().eq_ignore_ascii_case(name) {
-            return Some(value);
+        if same {
+            // The name is longer, or this is it.
+            let after = rest[name.len().min(end)..end].trim_ascii_start();
+            match after.first() {
+                None => return Some(None),
+                Some(b'=') => return Some(Some(after[1..].trim_ascii())),
+                Some(_) => {}
+            }
         }
         rest = &rest[end..];
     }
@@ -127,6 +143,15 @@ pub fn parameter<'a>(parameters: &'a [u8], name: &[u8]) -> Option<Option<&'a [u8
 }
 
 fn end_of_parameter(text: &[u8]) -> usize {
+    // Hardly any is quoted.
+    match memchr2(b';', b'"', text) {
+        None => text.len(),
+        Some(at) if text[at] == b';' => at,
+        Some(at) => at + end_of_quoted_parameter(&text[at..]),
+    }
+}
+
+fn end_of_quoted_parameter(text: &[u8]) -> usize {
     let (mut quoted, mut escaped) = (false, false);
     for (index, &byte) in text.iter().enumerate() {
         match byte {

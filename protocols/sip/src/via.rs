@@ -88,6 +88,15 @@ impl<'a> Via<'a> {
 /// Where the first of several comma-separated values ends; quoted strings and `<…>` hide commas.
 #[must_use]
 pub fn end_of_value(value: &[u8]) -> usize {
+    // What comes before a quote or a bracket hides nothing; most Via values have neither.
+    match memchr::memchr3(b',', b'"', b'<', value) {
+        None => value.len(),
+        Some(at) if value[at] == b',' => at,
+        Some(at) => at + end_of_bracketed_value(&value[at..]),
+    }
+}
+
+fn end_of_bracketed_value(value: &[u8]) -> usize {
     let (mut quoted, mut angle, mut escaped) = (false, false, false);
     for (index, &byte) in value.iter().enumerate() {
         match byte {

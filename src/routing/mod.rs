@@ -48,9 +48,9 @@ pub use router::CoreRouter;
 pub use slots::Grant;
 pub use snapshot::{Backend, Pool, Snapshot};
 pub use spec::{
-    BackendSpec, Balance, ClientAuth, HealthSpec, InstanceState, ListenerLimits, ListenerSpec,
-    NodeSpec, Policy, PoolSpec, QosSpec, Setup, SnapshotSpec, TlsCertificate, TlsClientSpec,
-    TlsServerSpec, TlsVersion, Verify,
+    AcceptProxy, BackendSpec, Balance, ClientAuth, HealthSpec, InstanceState, ListenerLimits,
+    ListenerSpec, NodeSpec, Policy, PoolSpec, QosSpec, SendProxy, Setup, SnapshotSpec,
+    TlsCertificate, TlsClientSpec, TlsServerSpec, TlsVersion, Verify,
 };
 pub use table::{Learned, SessionTable, TableTotals};
 pub use view::{PoolBackendView, PoolView, SessionView, SessionsView};

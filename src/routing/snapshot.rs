@@ -10,7 +10,9 @@ use strowger_contract::{BackendId, Class, ClassId, Pin, PoolId};
 use super::balance::{MAGLEV_FROM, Maglev};
 use super::live::{BackendLive, identity_hash};
 use super::qos::PoolQos;
-use super::spec::{BackendSpec, InstanceState, ListenerSpec, NodeSpec, PoolSpec, TlsClientSpec};
+use super::spec::{
+    BackendSpec, InstanceState, ListenerSpec, NodeSpec, PoolSpec, SendProxy, TlsClientSpec,
+};
 
 /// One immutable picture. Workers look at it; what changes from moment to moment is in each
 /// backend's [`BackendLive`].
@@ -247,6 +249,13 @@ impl Snapshot {
     pub fn backend_tls(&self, backend: BackendId) -> Option<Arc<TlsClientSpec>> {
         let backend = self.backend(backend)?;
         self.pool(backend.pool)?.spec.tls.clone()
+    }
+
+    /// Whether a backend is told of clients by the PROXY protocol.
+    #[must_use]
+    pub fn backend_send_proxy(&self, backend: BackendId) -> SendProxy {
+        let pool = self.backend(backend).and_then(|backend| self.pool(backend.pool));
+        pool.map_or(SendProxy::Off, |pool| pool.spec.send_proxy)
     }
 
     /// What a backend must call itself, if the configuration says so.

@@ -4,7 +4,7 @@
 //! snapshot and takes over what lives on by identity.
 
 use std::any::Any;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,6 +83,8 @@ pub struct PoolSpec {
     pub bind_places: Vec<u8>,
     /// What happens when all slots are taken.
     pub qos: QosSpec,
+    /// Whether backends are told of clients by the PROXY protocol (raw flows only).
+    pub send_proxy: SendProxy,
     /// How backends behind `tls://` are spoken to.
     pub tls: Option<Arc<TlsClientSpec>>,
     /// The backends.
@@ -196,6 +198,8 @@ pub struct ListenerSpec {
     pub sockets: Vec<LocalSocket>,
     /// The pools its messages may go to.
     pub pools: Vec<PoolId>,
+    /// Who tells of clients by the PROXY protocol.
+    pub proxy: Option<AcceptProxy>,
     /// How clients of `tls://` and `wss://` are spoken to.
     pub tls: Option<Arc<TlsServerSpec>>,
     /// Bounds.
@@ -213,6 +217,35 @@ impl std::fmt::Debug for ListenerSpec {
             .field("protocol", &self.protocol)
             .field("sockets", &self.sockets)
             .finish_non_exhaustive()
+    }
+}
+
+/// Whether and how backends are told of clients (the PROXY protocol).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SendProxy {
+    /// Not.
+    #[default]
+    Off,
+    /// By a line of text.
+    V1,
+    /// In binary, with all TLVs that are known.
+    V2,
+}
+
+/// Whose PROXY headers are believed, and must come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcceptProxy {
+    /// Networks, as address and prefix length. Connections from elsewhere are clients' own.
+    pub trusted: Vec<(IpAddr, u8)>,
+    /// How long a header may take.
+    pub timeout: Duration,
+}
+
+impl AcceptProxy {
+    /// Whether an address is trusted.
+    #[must_use]
+    pub fn trusts(&self, address: IpAddr) -> bool {
+        self.trusted.iter().any(|&network| strowger_contract::network::is_in(address, network))
     }
 }
 
@@ -307,6 +340,13 @@ pub struct ListenerLimits {
     pub idle: Duration,
     /// How long a connection to a backend may take.
     pub connect: Duration,
+    /// Client connections from one address at a time, over all workers. Zero: no limit.
+    pub per_source: u32,
+    /// After so much silence TCP asks whether the other side is still there (SO_KEEPALIVE). Zero:
+    /// never.
+    pub keep_alive: Duration,
+    /// How long what was sent may stay unacknowledged (TCP_USER_TIMEOUT). Zero: as the kernel has it.
+    pub user_timeout: Duration,
 }
 
 impl Default for ListenerLimits {
@@ -316,6 +356,9 @@ impl Default for ListenerLimits {
             queued_bytes: 256 << 10,
             idle: Duration::ZERO,
             connect: Duration::from_secs(2),
+            per_source: 0,
+            keep_alive: Duration::ZERO,
+            user_timeout: Duration::ZERO,
         }
     }
 }

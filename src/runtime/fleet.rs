@@ -223,6 +223,7 @@ impl Fleet {
             in_progress: (0..count).map(|_| AtomicUsize::new(0)).collect(),
             jitter: AtomicU64::new(self.seed),
             unix_clients: AtomicU64::new(1),
+            sources: std::sync::Mutex::default(),
         });
         for (index, worker) in self.workers.iter().enumerate() {
             worker.start(Start {

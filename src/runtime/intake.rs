@@ -5,13 +5,21 @@ use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use strowger_contract::{Certificate, CloseCause, Credentials, PeerFacts, Protocol, Transport};
+use socket2::{SockRef, TcpKeepalive};
+use strowger_contract::{
+    Certificate, CloseCause, Credentials, Peek, PeerFacts, Protocol, Proxied, Transport,
+};
 use tokio::net::TcpStream;
 
+use super::hello::{HelloReader, Look};
 use super::host::Host;
 use super::shared::NodeEvent;
 use super::socket::{Stream, TlsStream};
+use crate::routing::ListenerLimits;
 use crate::tls::{Failure, failure};
+
+/// What is looked at before a route is chosen, at most: a ClientHello with many extensions.
+const PEEK_BYTES_MAX: usize = 16 << 10;
 
 /// A stream, ready for the engine.
 pub(crate) struct TakenIn {
@@ -27,27 +35,135 @@ pub(crate) struct TakenIn {
 pub(crate) async fn take_in<P: Protocol>(
     host: &Rc<Host<P>>,
     socket: TcpStream,
-    remote: SocketAddr,
+    via: SocketAddr,
     transport: Transport,
 ) -> Option<TakenIn> {
-    let local = socket.local_addr().ok()?;
+    let (mut remote, mut local) = (via, socket.local_addr().ok()?);
     let mut facts = PeerFacts::NONE;
-    let stream = match transport {
-        Transport::Tls | Transport::Wss => {
-            let stream = serve_tls(host, socket, remote, &[]).await?;
-            {
-                let session = stream.session();
-                facts.certificate = verified(&session);
-                facts.alpn = session.alpn_protocol().map(<[u8]>::to_vec);
-                if let rustls::Connection::Server(server) = &*session {
-                    facts.server_name = server.server_name().map(str::to_ascii_lowercase);
-                }
-            }
-            Stream::Tls(Box::new(stream))
-        }
-        _ => Stream::Tcp(socket),
+    let mut early = Vec::new();
+    let (proxy, limits, intake) = {
+        let state = host.state();
+        (state.spec.proxy.clone(), state.spec.limits.clone(), state.intake())
     };
-    Some(TakenIn { stream, remote, local, facts, early: Vec::new() })
+    keep_watch(&SockRef::from(&socket), &limits);
+    if let Some(proxy) = proxy.filter(|proxy| proxy.trusts(via.ip())) {
+        let read = read_proxy_header(&socket, &mut early);
+        let header = match tokio::time::timeout(proxy.timeout, read).await {
+            Ok(Ok(header)) => header,
+            Ok(Err(why)) => return not_proxied(host, via, "proxy_header_wrong", why),
+            Err(_) => return not_proxied(host, via, "proxy_header_late", "none came in time"),
+        };
+        if let Some((client, called)) = header.addresses {
+            (remote, local) = (client, called);
+        }
+        facts.proxied = Some(Proxied { via, tlvs: header.tlvs });
+        early.drain(..header.length);
+    }
+    if matches!(transport, Transport::Tls | Transport::Wss) {
+        let stream = serve_tls(host, socket, remote, &early).await?;
+        {
+            let session = stream.session();
+            facts.certificate = verified(&session);
+            facts.alpn = session.alpn_protocol().map(<[u8]>::to_vec);
+            if let rustls::Connection::Server(server) = &*session {
+                facts.server_name = server.server_name().map(str::to_ascii_lowercase);
+            }
+        }
+        let stream = Stream::Tls(Box::new(stream));
+        return Some(TakenIn { stream, remote, local, facts, early: Vec::new() });
+    }
+    if let Some(look) = intake.peek {
+        // Late or not: what is known by then decides.
+        let _late =
+            tokio::time::timeout(look.timeout, peek(&socket, look, &mut early, &mut facts)).await;
+        facts.first_bytes.clone_from(&early);
+        facts.first_bytes.truncate(PEEK_BYTES_MAX);
+    }
+    Some(TakenIn { stream: Stream::Tcp(socket), remote, local, facts, early })
+}
+
+fn not_proxied<P: Protocol>(
+    host: &Rc<Host<P>>,
+    via: SocketAddr,
+    word: &'static str,
+    why: &'static str,
+) -> Option<TakenIn> {
+    host.count(word);
+    host.shared.event(NodeEvent::NotProxied { via, why });
+    None
+}
+
+/// Reads until a PROXY header is whole; what came behind it stays in `early`.
+async fn read_proxy_header(
+    socket: &TcpStream,
+    early: &mut Vec<u8>,
+) -> Result<super::proxy::Header, &'static str> {
+    loop {
+        if let Some(header) = super::proxy::parse(early)? {
+            return Ok(header);
+        }
+        if !read_more(socket, early, super::proxy::HEADER_BYTES_MAX).await {
+            return Err("the connection ended within the header");
+        }
+    }
+}
+
+/// Reads what a route may want to know, until it is known.
+async fn peek(socket: &TcpStream, look: Peek, early: &mut Vec<u8>, facts: &mut PeerFacts) {
+    let mut reader = HelloReader::default();
+    let mut hello = look.client_hello;
+    loop {
+        if hello {
+            match reader.look(early) {
+                Look::Hello { server_name, alpn } => {
+                    facts.server_name = server_name;
+                    facts.alpn = alpn;
+                    return;
+                }
+                Look::Other => hello = false,
+                Look::More => {}
+            }
+        }
+        if !hello && early.len() >= look.bytes
+            || early.len() >= PEEK_BYTES_MAX
+            || !read_more(socket, early, PEEK_BYTES_MAX).await
+        {
+            return;
+        }
+    }
+}
+
+/// Reads on; whether there was more.
+async fn read_more(socket: &TcpStream, early: &mut Vec<u8>, limit: usize) -> bool {
+    loop {
+        if socket.readable().await.is_err() {
+            return false;
+        }
+        let mut room = [0; 2_048];
+        let room = &mut room[..limit.saturating_sub(early.len()).clamp(1, 2_048)];
+        match socket.try_read(room) {
+            Ok(0) => return false,
+            Ok(count) => {
+                early.extend_from_slice(&room[..count]);
+                return true;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Has TCP notice that the other side is gone.
+pub(crate) fn keep_watch(socket: &SockRef<'_>, limits: &ListenerLimits) {
+    // Failures only mean that the kernel's own times hold.
+    if !limits.keep_alive.is_zero() {
+        let third = (limits.keep_alive / 3).max(std::time::Duration::from_secs(1));
+        let every = TcpKeepalive::new().with_time(limits.keep_alive).with_interval(third);
+        let _default = socket.set_tcp_keepalive(&every);
+    }
+    if !limits.user_timeout.is_zero() {
+        let _default = socket.set_tcp_user_timeout(Some(limits.user_timeout));
+    }
 }
 
 /// What the peer's certificate says, whose chain the handshake has verified.

@@ -11,6 +11,7 @@
 //! | `launch` | from a protocol's type to tasks |
 //! | `host` | a listener on a worker: the engine and its wishes |
 //! | `intake` | from an accepted socket to a stream: TLS, and who is there |
+//! | `proxy`, `hello` | the PROXY protocol; SNI without ending TLS |
 //! | `socket` | one stream, whatever it runs over |
 //! | `datagram`, `stream`, `splice` | the three ways that bytes come and go |
 //! | `link` | streams to backends |
@@ -20,11 +21,13 @@
 mod bind;
 mod datagram;
 mod fleet;
+mod hello;
 mod host;
 mod intake;
 mod launch;
 mod link;
 mod mailbox;
+mod proxy;
 mod shared;
 mod socket;
 mod splice;

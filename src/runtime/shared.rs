@@ -1,8 +1,9 @@
 //! What the workers of one listener share.
 
-use std::net::SocketAddr;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use strowger_contract::{
@@ -29,6 +30,8 @@ pub(crate) struct Shared {
     pub(crate) connections: AtomicU32,
     /// What each worker's engine has under way.
     pub(crate) in_progress: Vec<AtomicUsize>,
+    /// Clients' connections by address, where there is a limit for them.
+    pub(crate) sources: Mutex<HashMap<IpAddr, u32>>,
     pub(crate) jitter: AtomicU64,
     /// Numbers clients of unix sockets, which have no address.
     pub(crate) unix_clients: AtomicU64,
@@ -43,6 +46,7 @@ pub(crate) enum NodeEvent {
     LinkUp { backend: String },
     LinkDown { backend: String, was_open: bool, cause: CloseCause },
     AcceptFailed { error: String },
+    NotProxied { via: SocketAddr, why: &'static str },
     TlsFailed { peer: String, side: &'static str, why: crate::tls::Failure },
 }
 
@@ -63,6 +67,23 @@ impl Shared {
                 let _full = mailbox.put(&[], |_| Mail::Peer(peer, change));
             }
         }
+    }
+
+    /// A place among the connections from one address, if there is one; always, without a limit.
+    pub(crate) fn source_place(
+        self: &Arc<Self>,
+        source: IpAddr,
+        limit: u32,
+    ) -> Option<SourcePlace> {
+        if limit > 0 {
+            let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+            let count = sources.entry(source).or_insert(0);
+            if *count >= limit {
+                return None;
+            }
+            *count += 1;
+        }
+        Some(SourcePlace { shared: (limit > 0).then(|| Arc::clone(self)), source })
     }
 
     /// A name for logs.
@@ -137,9 +158,31 @@ impl Shared {
                 let level = if side == "backend" { Level::Warn } else { Level::Info };
                 (level, "tls_handshake_failed", detail)
             }
+            NodeEvent::NotProxied { via, why } => {
+                (Level::Warn, "proxy_header_refused", format!("{via}: {why}"))
+            }
             NodeEvent::AcceptFailed { error } => (Level::Warn, "accept_failed", error),
         };
         self.events.emit(Event::engine(level, &self.name, name, detail));
+    }
+}
+
+/// A place among the connections from one address; given back however the connection ends.
+pub(crate) struct SourcePlace {
+    shared: Option<Arc<Shared>>,
+    source: IpAddr,
+}
+
+impl Drop for SourcePlace {
+    fn drop(&mut self) {
+        let Some(shared) = &self.shared else { return };
+        let mut sources = shared.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = sources.get_mut(&self.source) {
+            *count -= 1;
+            if *count == 0 {
+                sources.remove(&self.source);
+            }
+        }
     }
 }
 

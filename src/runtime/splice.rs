@@ -10,13 +10,17 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::outbox::SpliceLimits;
-use strowger_contract::{BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, Protocol};
+use strowger_contract::{
+    BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, PeerFacts, Protocol,
+};
 use tokio::io::Interest;
 
 use super::host::Host;
+use super::intake::keep_watch;
 use super::link::open;
 use super::socket::Stream;
 use super::stream::Connection;
+use crate::routing::SendProxy;
 
 /// Reads from one side before the other has its turn.
 const READS_PER_TURN: usize = 4;
@@ -26,17 +30,19 @@ pub(crate) async fn serve<P: Protocol>(
     host: &Rc<Host<P>>,
     flow: FlowId,
     connection: &Rc<Connection>,
+    facts: PeerFacts,
     early: Vec<u8>,
 ) -> CloseCause {
     loop {
         if let Some((backend, limits)) = connection.take_splice() {
-            match join(host, connection, backend, limits).await {
+            match join(host, connection, backend, limits, &facts).await {
                 Err(cause) => {
                     host.tell(Endpoint::Client(flow), PeerChange::JoinFailed(backend, cause));
                     continue;
                 }
                 Ok(stream) => {
                     host.tell(Endpoint::Client(flow), PeerChange::Joined(backend));
+                    drop(facts);
                     return Relay::new(host, connection, stream, limits, early).run().await;
                 }
             }
@@ -56,6 +62,7 @@ async fn join<P: Protocol>(
     connection: &Rc<Connection>,
     backend: BackendId,
     limits: SpliceLimits,
+    facts: &PeerFacts,
 ) -> Result<Stream, CloseCause> {
     let connecting = open(host, backend, limits.connect);
     tokio::pin!(connecting);
@@ -69,6 +76,20 @@ async fn join<P: Protocol>(
         }
     };
     stream.set_nodelay();
+    let (send_proxy, listener) = {
+        let state = host.state();
+        (state.router.snapshot().backend_send_proxy(backend), state.spec.limits.clone())
+    };
+    if !matches!(stream, Stream::Unix(_)) {
+        keep_watch(&stream.reference(), &listener);
+    }
+    if send_proxy != SendProxy::Off {
+        let header = super::proxy::write(send_proxy, connection.remote, connection.local, facts);
+        // A fresh socket's buffer has room for a header.
+        if !stream.try_write(&header).is_ok_and(|count| count == header.len()) {
+            return Err(CloseCause::Reset);
+        }
+    }
     Ok(stream)
 }
 
@@ -98,6 +119,7 @@ struct Relay<'a, P: Protocol> {
     up: Direction,
     down: Direction,
     last_moved: Instant,
+    began: Instant,
 }
 
 impl<'a, P: Protocol> Relay<'a, P> {
@@ -110,7 +132,8 @@ impl<'a, P: Protocol> Relay<'a, P> {
     ) -> Self {
         let up = Direction { rest: early, ..Direction::default() };
         let down = Direction::default();
-        Self { host, client, backend, limits, up, down, last_moved: Instant::now() }
+        let now = Instant::now();
+        Self { host, client, backend, limits, up, down, last_moved: now, began: now }
     }
 
     async fn run(mut self) -> CloseCause {
@@ -129,6 +152,12 @@ impl<'a, P: Protocol> Relay<'a, P> {
                 ready = self.backend.ready(backend.unwrap_or(Interest::READABLE)), if backend.is_some() => ready.map(|_| ()),
                 () = sleep(silence.map(|silence| self.last_moved + silence)) => {
                     if silence.is_some_and(|silence| self.last_moved.elapsed() >= silence) {
+                        return self.reset(CloseCause::Idle);
+                    }
+                    Ok(())
+                }
+                () = sleep(self.ends()) => {
+                    if self.ends().is_some_and(|end| end <= Instant::now()) {
                         return self.reset(CloseCause::Idle);
                     }
                     Ok(())
@@ -160,6 +189,11 @@ impl<'a, P: Protocol> Relay<'a, P> {
             (false, true) => Some(Interest::WRITABLE),
             (false, false) => None,
         }
+    }
+
+    /// When the flow ends at the latest.
+    fn ends(&self) -> Option<Instant> {
+        (!self.limits.session.is_zero()).then(|| self.began + self.limits.session)
     }
 
     fn silence(&self) -> Option<Duration> {

@@ -15,4 +15,5 @@ mod qos;
 mod reload;
 mod sip;
 mod tcp;
+mod tcp_intake;
 mod tls;

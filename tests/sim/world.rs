@@ -158,6 +158,7 @@ impl World {
             debounce: Duration::from_secs(2),
             panic_percent: [0, 50][dice.below(2) as usize],
             needs_link,
+            send_proxy: strowger::routing::SendProxy::Off,
             tls: None,
             bind_keys: Vec::new(),
             bind_places: Vec::new(),

@@ -20,6 +20,7 @@
 //! | [`outbox`] | what an engine wants done |
 //! | [`engine`] | the per-worker state machine of a protocol |
 //! | [`facts`] | what is known of a peer before its first message |
+//! | [`network`] | networks as configurations write them |
 //! | [`unix`] | unix sockets among socket addresses |
 //! | [`protocol`] | the pluggable unit: options, factory, probes |
 //! | [`duration`] | durations as configurations write them |
@@ -36,6 +37,7 @@ pub mod facts;
 pub mod framing;
 pub mod ids;
 pub mod message;
+pub mod network;
 pub mod outbox;
 pub mod protocol;
 pub mod query;

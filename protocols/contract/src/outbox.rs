@@ -71,6 +71,8 @@ pub struct SpliceLimits {
     pub idle: Duration,
     /// How long one direction may go on after the other has ended. Zero: as `idle`.
     pub half_closed: Duration,
+    /// How long the whole flow may last. Zero: for ever.
+    pub session: Duration,
 }
 
 /// How a request ended, as its sender saw it.

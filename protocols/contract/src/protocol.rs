@@ -169,8 +169,8 @@ pub trait Protocol: Send + Sync + 'static {
     fn probe(name: &str) -> Option<Box<dyn Probe>>;
 
     /// What is done with a connection before the engine hears of it.
-    fn intake(options: &Self::Options) -> Intake {
-        let _ = options;
+    fn intake(scope: &Scope<Self::Match>, options: &Self::Options) -> Intake {
+        let _ = (scope, options);
         Intake::default()
     }
 

@@ -71,6 +71,12 @@ pub fn client(number: u64) -> SocketAddr {
     address(number, UNNAMED)
 }
 
+/// Whether an address stands for a unix socket, named or not.
+#[must_use]
+pub fn is_unix(address: SocketAddr) -> bool {
+    matches!(address, SocketAddr::V6(v6) if v6.ip().octets().starts_with(&[1, 0, 0, 0, 0, 0, 0, 0]))
+}
+
 /// Transport and address as configurations write them.
 #[must_use]
 pub fn shown(transport: Transport, address: SocketAddr) -> String {

@@ -1,21 +1,24 @@
 //! Which backend a flow is joined to.
 
-use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{HashMap, VecDeque};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
     BackendId, ClassId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message, Note,
-    Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router, SessionKey,
-    Ticket, Verdict,
+    Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query, Refusal, RequestOutcome, Route,
+    Router, SessionKey, Ticket, Verdict,
 };
 
-use crate::options::is_in;
+use crate::options::TcpMatch;
 use crate::{SPACE, Tcp};
 
 /// How many backends one flow is tried at.
 const TRIES_MAX: usize = 4;
+
+/// How often flows that wait because of `backpressure` ask again.
+const PARKED_EVERY: Duration = Duration::from_millis(10);
 
 /// One flow.
 #[derive(Debug)]
@@ -32,14 +35,23 @@ struct Flow {
     joined: Option<Duration>,
 }
 
+/// A route, its networks read once.
+type ReadyRoute = (TcpMatch, Vec<(IpAddr, u8)>, PoolId);
+
 /// The engine of one worker.
 #[derive(Debug)]
 pub struct TcpEngine {
     limits: SpliceLimits,
-    routes: Vec<(Vec<(IpAddr, u8)>, PoolId)>,
+    routes: Vec<ReadyRoute>,
+    prefixes: (u8, u8),
+    backpressure: Duration,
     pool: Option<PoolId>,
     flows: HashMap<FlowId, Flow>,
     waiting: HashMap<Ticket, FlowId>,
+    /// Flows that wait because of `backpressure`, the oldest first; while there are any, the
+    /// listener takes no more.
+    parked: VecDeque<FlowId>,
+    retry_at: Option<Instant>,
 }
 
 impl TcpEngine {
@@ -49,10 +61,15 @@ impl TcpEngine {
             connect: options.connect_timeout.0,
             idle: options.idle_timeout.0,
             half_closed: options.half_closed_timeout.0,
+            session: options.session_timeout.0,
         };
-        let routes =
-            context.scope.routes.iter().map(|(route, pool)| (route.networks(), *pool)).collect();
+        let routes = context.scope.routes.iter();
+        let routes = routes.map(|(route, pool)| (route.clone(), route.networks(), *pool)).collect();
         Self {
+            prefixes: (options.source_prefix_v4, options.source_prefix_v6),
+            backpressure: options.backpressure.0,
+            parked: VecDeque::new(),
+            retry_at: None,
             limits,
             routes,
             pool: context.scope.pool,
@@ -63,17 +80,15 @@ impl TcpEngine {
 
     pub(crate) fn reconfigure(&mut self, context: &Context<'_, Tcp>) {
         let (flows, waiting) = (std::mem::take(&mut self.flows), std::mem::take(&mut self.waiting));
-        *self = Self { flows, waiting, ..Self::new(context) };
+        let (parked, retry_at) = (std::mem::take(&mut self.parked), self.retry_at);
+        *self = Self { flows, waiting, parked, retry_at, ..Self::new(context) };
     }
 
-    fn pool_for(&self, source: IpAddr) -> Option<PoolId> {
-        let matching = |networks: &Vec<(IpAddr, u8)>| {
-            networks.is_empty() || networks.iter().any(|&network| is_in(source, network))
-        };
+    fn pool_for(&self, source: IpAddr, facts: &PeerFacts) -> Option<PoolId> {
         self.routes
             .iter()
-            .find(|(networks, _)| matching(networks))
-            .map(|(_, pool)| *pool)
+            .find(|(route, networks, _)| route.is_match(networks, source, facts))
+            .map(|(.., pool)| *pool)
             .or(self.pool)
     }
 
@@ -81,14 +96,14 @@ impl TcpEngine {
         &mut self,
         now: Instant,
         id: FlowId,
-        remote: SocketAddr,
+        opened: Opened<'_>,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let Some(pool) = self.pool_for(remote.ip()) else {
+        let Some(pool) = self.pool_for(opened.remote.ip(), opened.facts) else {
             return refuse(now, id, now, Refusal::NoBackend, out);
         };
-        let session = session_key(pool, remote, router);
+        let session = session_key(pool, opened, self.prefixes, router);
         let flow = Flow {
             arrived: now,
             session,
@@ -137,7 +152,22 @@ impl TcpEngine {
                 }
             }
         };
+        self.refused(now, id, refusal, out);
+    }
+
+    /// The router says no: the client is reset, or it waits and so do those behind it.
+    fn refused(&mut self, now: Instant, id: FlowId, refusal: Refusal, out: &mut Outbox) {
+        let Some(flow) = self.flows.get(&id) else { return };
         let arrived = flow.arrived;
+        let full = matches!(refusal, Refusal::Overloaded { .. } | Refusal::TooLate);
+        if full && now < arrived + self.backpressure {
+            if !self.parked.contains(&id) {
+                out.note(Note::Count("backpressure"));
+                self.parked.push_back(id);
+            }
+            self.retry_at = Some(now + PARKED_EVERY);
+            return;
+        }
         self.flows.remove(&id);
         refuse(now, id, arrived, refusal, out);
     }
@@ -239,9 +269,36 @@ fn note(now: Instant, arrived: Instant, outcome: RequestOutcome, out: &mut Outbo
     });
 }
 
-fn session_key(pool: PoolId, remote: SocketAddr, router: &dyn Router) -> SessionKey {
+/// An address without the bits behind its prefix.
+fn masked(address: IpAddr, (v4, v6): (u8, u8)) -> IpAddr {
+    match address {
+        IpAddr::V4(address) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(v4.min(32))).unwrap_or(0);
+            IpAddr::from((u32::from(address) & mask).to_be_bytes())
+        }
+        IpAddr::V6(address) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(v6.min(128))).unwrap_or(0);
+            IpAddr::from((u128::from(address) & mask).to_be_bytes())
+        }
+    }
+}
+
+fn session_key(
+    pool: PoolId,
+    opened: Opened<'_>,
+    prefixes: (u8, u8),
+    router: &dyn Router,
+) -> SessionKey {
+    let remote = opened.remote;
     let mut bytes = [0; 18];
-    let length = match remote.ip() {
+    let key = router.session_key_name(pool);
+    // Who asks for no name is known by its address.
+    if let Some(name) = opened.facts.server_name.as_deref().filter(|_| key == "sni") {
+        return router.keyer().session(SPACE, name.as_bytes());
+    }
+    let whole = key == "source";
+    let address = if whole { remote.ip() } else { masked(remote.ip(), prefixes) };
+    let length = match address {
         IpAddr::V4(address) => {
             bytes[..4].copy_from_slice(&address.octets());
             4
@@ -251,8 +308,9 @@ fn session_key(pool: PoolId, remote: SocketAddr, router: &dyn Router) -> Session
             16
         }
     };
-    if router.session_key_name(pool) == "source" {
-        bytes[length..length + 2].copy_from_slice(&remote.port().to_be_bytes());
+    if whole || key == "source-ip-port" {
+        let port = if whole { remote.port() } else { opened.local.port() };
+        bytes[length..length + 2].copy_from_slice(&port.to_be_bytes());
         return router.keyer().session(SPACE, &bytes[..length + 2]);
     }
     router.keyer().session(SPACE, &bytes[..length])
@@ -290,9 +348,27 @@ impl Engine for TcpEngine {
         out: &mut Outbox,
     ) {
         let Some(id) = self.waiting.remove(&ticket) else { return };
-        if let Some(flow) = self.flows.remove(&id) {
-            refuse(now, id, flow.arrived, refusal, out);
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.ticket = None;
         }
+        self.refused(now, id, refusal, out);
+    }
+
+    fn on_opened(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        opened: Opened<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        if let Endpoint::Client(id) = peer {
+            self.opened(now, id, opened, router, out);
+        }
+    }
+
+    fn is_saturated(&self) -> bool {
+        !self.parked.is_empty()
     }
 
     fn on_peer(
@@ -305,7 +381,10 @@ impl Engine for TcpEngine {
     ) {
         let Endpoint::Client(id) = peer else { return };
         match change {
-            PeerChange::Opened { remote, .. } => self.opened(now, id, remote, router, out),
+            PeerChange::Opened { remote, local, transport } => {
+                let facts = &PeerFacts::NONE;
+                self.opened(now, id, Opened { remote, local, transport, facts }, router, out);
+            }
             PeerChange::Joined(backend) => self.joined(now, id, backend, router, out),
             PeerChange::JoinFailed(backend, cause) => {
                 self.join_failed(now, id, backend, cause, router, out)
@@ -315,10 +394,18 @@ impl Engine for TcpEngine {
         }
     }
 
-    fn on_timeout(&mut self, _: Instant, _: &mut dyn Router, _: &mut Outbox) {}
+    fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {
+        if self.retry_at.is_none_or(|at| now < at) {
+            return;
+        }
+        self.retry_at = None;
+        for id in std::mem::take(&mut self.parked) {
+            self.join(now, id, router, out);
+        }
+    }
 
     fn next_timeout(&self) -> Option<Instant> {
-        None
+        self.retry_at
     }
 
     fn on_drain(&mut self, _: Instant, _: &mut dyn Router, _: &mut Outbox) {}

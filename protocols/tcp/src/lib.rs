@@ -8,7 +8,7 @@ mod engine;
 pub mod options;
 
 use strowger_contract::{
-    Context, DatagramFramer, Links, OptionsError, Probe, Protocol, Scope, Transport,
+    Context, DatagramFramer, Intake, Links, OptionsError, Peek, Probe, Protocol, Scope, Transport,
 };
 
 pub use engine::TcpEngine;
@@ -27,7 +27,7 @@ impl Protocol for Tcp {
     const LINKS: Links = Links::None;
     /// `tcp-connect` is the control side's own: it has no words to say.
     const PROBES: &'static [&'static str] = &[];
-    const SESSION_KEYS: &'static [&'static str] = &["source-ip", "source"];
+    const SESSION_KEYS: &'static [&'static str] = &["source-ip", "source", "source-ip-port", "sni"];
 
     type Options = TcpOptions;
     type Match = TcpMatch;
@@ -44,6 +44,17 @@ impl Protocol for Tcp {
 
     fn reconfigure(engine: &mut TcpEngine, context: &Context<'_, Self>) {
         engine.reconfigure(context);
+    }
+
+    fn intake(scope: &Scope<TcpMatch>, options: &TcpOptions) -> Intake {
+        let looks = scope.routes.iter().any(|(route, _)| route.looks_at_bytes());
+        let longest = scope.routes.iter().flat_map(|(route, _)| &route.first_bytes);
+        let peek = Peek {
+            client_hello: true,
+            bytes: longest.map(String::len).max().unwrap_or(1),
+            timeout: options.peek_timeout.0,
+        };
+        Intake { peek: looks.then_some(peek) }
     }
 
     fn probe(_: &str) -> Option<Box<dyn Probe>> {

@@ -1,11 +1,13 @@
 //! A raw TCP listener's options and its routes' matches.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use strowger_contract::duration::Span;
-use strowger_contract::{OptionsError, Scope};
+use strowger_contract::network::{is_in, network};
+use strowger_contract::{Certificate, OptionsError, PeerFacts, Scope};
 
 /// A raw TCP listener's options.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -17,6 +19,19 @@ pub struct TcpOptions {
     pub idle_timeout: Span,
     /// How long one direction may be silent after the other has ended; 0: as idle_timeout.
     pub half_closed_timeout: Span,
+    /// How long a flow may last; 0: for ever.
+    pub session_timeout: Span,
+    /// How long first bytes are waited for, where a route or the session key asks for SNI, ALPN or
+    /// first bytes; what came by then decides.
+    pub peek_timeout: Span,
+    /// With the session keys source-ip and source-ip-port: clients whose first so many bits are the
+    /// same are one, in IPv4.
+    pub source_prefix_v4: u8,
+    /// The same in IPv6.
+    pub source_prefix_v6: u8,
+    /// When all slots are taken: take no further connections for so long, instead of a reset; 0:
+    /// reset at once.
+    pub backpressure: Span,
 }
 
 impl Default for TcpOptions {
@@ -25,6 +40,11 @@ impl Default for TcpOptions {
             connect_timeout: Span::secs(2),
             idle_timeout: Span::secs(3_600),
             half_closed_timeout: Span::secs(300),
+            session_timeout: Span(Duration::ZERO),
+            peek_timeout: Span::secs(1),
+            source_prefix_v4: 32,
+            source_prefix_v6: 128,
+            backpressure: Span(Duration::ZERO),
         }
     }
 }
@@ -35,6 +55,18 @@ impl Default for TcpOptions {
 pub struct TcpMatch {
     /// The client is in one of these networks, as `10.0.0.0/8` or one address.
     pub source: Vec<String>,
+    /// The client asks for one of these names by SNI; `*.example.net` stands for one label more.
+    /// TLS need not end here.
+    pub sni: Vec<String>,
+    /// The first application protocol that the client offers in its ClientHello (or, where TLS ends
+    /// here, the agreed one).
+    pub alpn: Vec<String>,
+    /// The first bytes are one of these texts.
+    pub first_bytes: Vec<String>,
+    /// The client's verified certificate has one of these DNS names, URIs or common names.
+    pub certificate: Vec<String>,
+    /// The client of a unix socket is one of these users, by number.
+    pub uid: Vec<u32>,
 }
 
 impl TcpMatch {
@@ -44,33 +76,51 @@ impl TcpMatch {
     }
 }
 
-/// Reads `address/length` or an address.
-fn network(text: &str) -> Option<(IpAddr, u8)> {
-    let (address, length) = match text.split_once('/') {
-        Some((address, length)) => (address, Some(length.parse::<u8>().ok()?)),
-        None => (text, None),
-    };
-    let address: IpAddr = address.parse().ok()?;
-    let longest = if address.is_ipv4() { 32 } else { 128 };
-    let length = length.unwrap_or(longest);
-    (length <= longest).then_some((address, length))
+/// Whether a name is meant by one of some patterns.
+pub(crate) fn is_named(patterns: &[String], name: &str) -> bool {
+    patterns.iter().any(|pattern| match pattern.strip_prefix('*') {
+        Some(end) => {
+            let split = name.len().checked_sub(end.len()).filter(|&at| name.is_char_boundary(at));
+            split.is_some_and(|at| {
+                let (label, rest) = name.split_at(at);
+                rest.eq_ignore_ascii_case(end) && !label.is_empty() && !label.contains('.')
+            })
+        }
+        None => pattern.eq_ignore_ascii_case(name),
+    })
 }
 
-/// Whether an address lies in a network.
-pub(crate) fn is_in(address: IpAddr, (network, length): (IpAddr, u8)) -> bool {
-    let bits = |address: IpAddr| match address {
-        IpAddr::V4(address) => u128::from(u32::from(address)) << 96,
-        IpAddr::V6(address) => u128::from(address),
-    };
-    let mask = u128::MAX.checked_shl(128 - u32::from(length)).unwrap_or(0);
-    address.is_ipv4() == network.is_ipv4()
-        && (bits(address) ^ bits(network))
-            & (if address.is_ipv4() { v4_mask(length) } else { mask })
-            == 0
-}
+impl TcpMatch {
+    /// Whether a client is meant.
+    pub(crate) fn is_match(
+        &self,
+        networks: &[(IpAddr, u8)],
+        source: IpAddr,
+        facts: &PeerFacts,
+    ) -> bool {
+        let alpn = || facts.alpn.as_deref().unwrap_or_default();
+        let certificate = |certificate: &Certificate| {
+            let names = certificate.dns.iter().chain(&certificate.uris);
+            names.chain(&certificate.common_name).any(|name| is_named(&self.certificate, name))
+        };
+        (networks.is_empty() || networks.iter().any(|&network| is_in(source, network)))
+            && (self.sni.is_empty()
+                || facts.server_name.as_deref().is_some_and(|name| is_named(&self.sni, name)))
+            && (self.alpn.is_empty() || self.alpn.iter().any(|name| name.as_bytes() == alpn()))
+            && (self.first_bytes.is_empty()
+                || self
+                    .first_bytes
+                    .iter()
+                    .any(|text| facts.first_bytes.starts_with(text.as_bytes())))
+            && (self.certificate.is_empty() || facts.certificate.as_ref().is_some_and(certificate))
+            && (self.uid.is_empty()
+                || facts.credentials.is_some_and(|told| self.uid.contains(&told.uid)))
+    }
 
-fn v4_mask(length: u8) -> u128 {
-    u128::from(u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0)) << 96
+    /// Whether it can only be told by what the client sends first.
+    pub(crate) fn looks_at_bytes(&self) -> bool {
+        !self.sni.is_empty() || !self.alpn.is_empty() || !self.first_bytes.is_empty()
+    }
 }
 
 pub(crate) fn check(scope: &Scope<TcpMatch>, options: &TcpOptions) -> Vec<OptionsError> {
@@ -79,6 +129,14 @@ pub(crate) fn check(scope: &Scope<TcpMatch>, options: &TcpOptions) -> Vec<Option
         let message = "must be over 0: a backend that does not answer would be waited for for ever"
             .to_owned();
         errors.push(OptionsError { path: "connect_timeout".to_owned(), message });
+    }
+    let prefixes = [
+        ("source_prefix_v4", options.source_prefix_v4, 32),
+        ("source_prefix_v6", options.source_prefix_v6, 128),
+    ];
+    for (path, _, most) in prefixes.into_iter().filter(|(_, bits, most)| bits > most) {
+        let message = format!("must be from 0 to {most}");
+        errors.push(OptionsError { path: path.to_owned(), message });
     }
     for (index, (route, _)) in scope.routes.iter().enumerate() {
         for (place, text) in
@@ -92,23 +150,4 @@ pub(crate) fn check(scope: &Scope<TcpMatch>, options: &TcpOptions) -> Vec<Option
         }
     }
     errors
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn networks_match_by_prefix() {
-        let is = |address: &str, text: &str| {
-            is_in(address.parse().expect("an address"), network(text).expect("a network"))
-        };
-        assert!(is("10.1.2.3", "10.0.0.0/8") && !is("11.1.2.3", "10.0.0.0/8"));
-        assert!(is("11.1.2.3", "0.0.0.0/0") && !is("::1", "0.0.0.0/0"));
-        assert!(is("2001:db8::5", "2001:db8::/32") && !is("2001:db9::5", "2001:db8::/32"));
-        assert!(is("::1", "::/0") && is("1.2.3.4", "1.2.3.4") && !is("1.2.3.5", "1.2.3.4"));
-        for bad in ["10.0.0.0/33", "x", "::/129", "10.0.0.0/", ""] {
-            assert!(network(bad).is_none(), "{bad}");
-        }
-    }
 }

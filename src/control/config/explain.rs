@@ -8,7 +8,7 @@ use strowger_contract::unix::shown;
 use strowger_contract::{ClassId, duration};
 
 use super::Loaded;
-use super::pools::{BALANCES, POLICIES};
+use super::pools::{BALANCES, POLICIES, SEND_PROXY};
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 use super::tree::{self, Node, Step};
 use crate::observe::{CdrSettings, HepSettings};
@@ -128,6 +128,12 @@ fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
     }
     values.push(("options", json(&effective["options"])));
     values.extend(spec.tls.as_ref().map(|tls| ("tls", server_tls(tls))));
+    values.extend(spec.proxy.as_ref().map(|proxy| {
+        let network =
+            |(address, length): &(std::net::IpAddr, u8)| text(&format!("{address}/{length}"));
+        let trusted = Shown::List(proxy.trusted.iter().map(network).collect());
+        ("accept_proxy", map([("trusted", trusted), ("timeout", time(proxy.timeout))]))
+    }));
     values.push((
         "limits",
         map([
@@ -135,6 +141,9 @@ fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
             ("queued_bytes", number(limits.queued_bytes)),
             ("idle", time(limits.idle)),
             ("connect", time(limits.connect)),
+            ("per_source", number(limits.per_source)),
+            ("keep_alive", time(limits.keep_alive)),
+            ("user_timeout", time(limits.user_timeout)),
         ]),
     ));
     Shown::Map(values.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
@@ -182,6 +191,7 @@ fn pool(spec: &PoolSpec) -> Shown {
         ("panic_percent", number(spec.panic_percent)),
         ("panic_percent", number(spec.panic_percent)),
         ("bind_keys", Shown::List(spec.bind_keys.iter().map(|key| text(key)).collect())),
+        ("send_proxy", text(word(&SEND_PROXY, spec.send_proxy))),
         ("tls", spec.tls.as_ref().map_or_else(null, |tls| client_tls(tls))),
         ("backends", Shown::List(spec.backends.iter().map(backend).collect())),
     ])

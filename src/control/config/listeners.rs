@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use strowger_contract::unix::shown;
@@ -13,7 +14,7 @@ use super::pools::{RawPool, TCP_CONNECT, set};
 use super::read::{Fields, Reader, join, unknown};
 use super::tls;
 use super::tree::{Kind, Node};
-use crate::routing::{ListenerLimits, ListenerSpec, NodeSpec, PoolNames};
+use crate::routing::{AcceptProxy, ListenerLimits, ListenerSpec, NodeSpec, PoolNames, SendProxy};
 
 /// A listener and where it stands, until all files are read.
 pub(super) struct RawListener {
@@ -54,14 +55,24 @@ impl<'a> Listeners<'a> {
         reader: &mut Reader,
         raw: &RawListener,
     ) -> Option<ListenerSpec> {
-        const KEYS: [&str; 8] =
-            ["name", "protocol", "bind", "pool", "routes", "options", "limits", "tls"];
+        const KEYS: [&str; 9] = [
+            "name",
+            "protocol",
+            "bind",
+            "pool",
+            "routes",
+            "options",
+            "limits",
+            "tls",
+            "accept_proxy",
+        ];
         let path = raw.path.as_str();
         let fields = reader.fields(&raw.node, path, &KEYS)?;
         let name = fields.need_text(reader, "name");
         let protocol = self.protocol(reader, &fields);
         let limits = limits(reader, &fields);
         let tls = tls::server(reader, &fields);
+        let proxy = accept_proxy(reader, &fields);
         let pool = fields.text(reader, "pool");
         let pool = pool.filter(|name| {
             self.is_pool(reader, fields.node_of("pool"), &fields.path_of("pool"), name)
@@ -128,13 +139,17 @@ impl<'a> Listeners<'a> {
             .collect();
         let effective = json!({ "options": configured.options, "routes": routes, "pool": pool });
         // Pools are in it by name: their numbers differ from process to process.
-        let told = format!("{} {} {effective} {limits:?} {tls:?}", self.node.name, self.node.realm);
+        let told = format!(
+            "{} {} {effective} {limits:?} {tls:?} {proxy:?}",
+            self.node.name, self.node.realm
+        );
         self.effective.push((name.clone(), effective));
         Some(ListenerSpec {
             name,
             protocol: protocol.name(),
             sockets,
             pools: ids,
+            proxy,
             tls,
             limits,
             setup: configured.setup,
@@ -282,6 +297,13 @@ impl<'a> Listeners<'a> {
                 }
             }
         }
+        if pool.spec.send_proxy != SendProxy::Off && protocol.links() != Links::None {
+            let name = protocol.name();
+            wrong(
+                "send_proxy",
+                format!("{name} has links of its own; only raw flows have one client"),
+            );
+        }
         for (index, backend) in pool.spec.backends.iter().enumerate() {
             let no_tls = backend.transport == Transport::Tls && pool.spec.tls.is_none();
             if no_tls {
@@ -399,8 +421,47 @@ fn runs_over(protocol: &dyn Configure, transport: Transport) -> Result<(), Strin
     ))
 }
 
+/// Whose PROXY headers are believed.
+fn accept_proxy(reader: &mut Reader, fields: &Fields<'_>) -> Option<AcceptProxy> {
+    let node = fields.get("accept_proxy")?;
+    let path = fields.path_of("accept_proxy");
+    let given = reader.fields(node, &path, &["trusted", "timeout"])?;
+    let mut trusted = Vec::new();
+    if let Some(list) = given.need(reader, "trusted") {
+        let at = given.path_of("trusted");
+        for (index, item) in reader.list(list, &at).iter().enumerate() {
+            let at = format!("{at}[{index}]");
+            let Some(text) = reader.text(item, &at) else { continue };
+            match strowger_contract::network::network(&text) {
+                Some(network) => trusted.push(network),
+                None => {
+                    let message = format!("`{text}` is no network; write 10.0.0.0/8 or an address");
+                    reader.wrong(item, &at, message);
+                }
+            }
+        }
+        if trusted.is_empty() {
+            reader.wrong(list, &at, "must name who may speak for others; everybody is 0.0.0.0/0");
+        }
+    }
+    let timeout = given.duration(reader, "timeout").unwrap_or(Duration::from_secs(3));
+    if timeout.is_zero() || timeout > Duration::from_secs(60) {
+        let message = "must be over 0 and at most 60s";
+        reader.wrong(given.node_of("timeout"), &given.path_of("timeout"), message);
+    }
+    Some(AcceptProxy { trusted, timeout })
+}
+
 fn limits(reader: &mut Reader, fields: &Fields<'_>) -> ListenerLimits {
-    const KEYS: [&str; 4] = ["connections", "queued_bytes", "idle", "connect"];
+    const KEYS: [&str; 7] = [
+        "connections",
+        "queued_bytes",
+        "idle",
+        "connect",
+        "per_source",
+        "keep_alive",
+        "user_timeout",
+    ];
     let mut limits = ListenerLimits::default();
     let Some(node) = fields.get("limits") else { return limits };
     let path = fields.path_of("limits");
@@ -411,6 +472,23 @@ fn limits(reader: &mut Reader, fields: &Fields<'_>) -> ListenerLimits {
     set(&mut limits.queued_bytes, queued.map(|count| count as usize));
     set(&mut limits.idle, given.duration(reader, "idle"));
     set(&mut limits.connect, given.duration(reader, "connect"));
+    let per_source = given.number(reader, "per_source", 0, 10_000_000);
+    set(&mut limits.per_source, per_source.map(|count| count as u32));
+    for (key, place) in
+        [("keep_alive", &mut limits.keep_alive), ("user_timeout", &mut limits.user_timeout)]
+    {
+        let Some(time) = given.duration(reader, key) else { continue };
+        if !time.is_zero()
+            && !(Duration::from_secs(1)..=Duration::from_secs(32_767)).contains(&time)
+        {
+            reader.wrong(
+                given.node_of(key),
+                &given.path_of(key),
+                "must be 0, or from 1s to 32767s",
+            );
+        }
+        *place = time;
+    }
     if limits.connect.is_zero() {
         reader.wrong(given.node_of("connect"), &given.path_of("connect"), "must be over 0");
     }

@@ -9,7 +9,9 @@ use super::endpoint::endpoint;
 use super::read::{Fields, Reader};
 use super::tls;
 use super::tree::{Entry, Node};
-use crate::routing::{BackendSpec, Balance, HealthSpec, InstanceState, Policy, PoolSpec, QosSpec};
+use crate::routing::{
+    BackendSpec, Balance, HealthSpec, InstanceState, Policy, PoolSpec, QosSpec, SendProxy,
+};
 
 /// Backends in one pool, at most: the Maglev table is meant for hundreds of places each.
 const BACKENDS_MAX: usize = 20_000;
@@ -32,6 +34,10 @@ pub(super) const BALANCES: [(&str, Balance); 5] = [
 /// How `qos.policy` is written.
 pub(super) const POLICIES: [(&str, Policy); 2] =
     [("deadline", Policy::Deadline), ("fifo", Policy::Fifo)];
+
+/// How `send_proxy` is written.
+pub(super) const SEND_PROXY: [(&str, SendProxy); 3] =
+    [("none", SendProxy::Off), ("v1", SendProxy::V1), ("v2", SendProxy::V2)];
 
 /// How `state` is written. `gone` is not: one leaves it out instead.
 const STATES: [(&str, InstanceState); 5] = [
@@ -58,7 +64,7 @@ impl RawPool {
 
 /// Reads one pool.
 pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<PoolSpec> {
-    const KEYS: [&str; 13] = [
+    const KEYS: [&str; 14] = [
         "balance",
         "bounded_load",
         "session",
@@ -72,12 +78,14 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         "qos",
         "bind_keys",
         "tls",
+        "send_proxy",
     ];
     let fields = reader.fields(&entry.value, path, &KEYS)?;
     let mut pool = default_pool(&entry.key);
     qos(reader, &fields, &mut pool.qos);
     pool.balance = fields.choice(reader, "balance", &BALANCES).unwrap_or_default();
     pool.tls = tls::client(reader, &fields);
+    pool.send_proxy = fields.choice(reader, "send_proxy", &SEND_PROXY).unwrap_or_default();
     bounded_load(reader, &fields, &mut pool);
     session(reader, &fields, &mut pool);
     health(reader, &fields, &mut pool.health);
@@ -123,6 +131,7 @@ fn default_pool(name: &str) -> PoolSpec {
         debounce: Duration::from_secs(1),
         panic_percent: 10,
         needs_link: false,
+        send_proxy: SendProxy::Off,
         tls: None,
         bind_keys: Vec::new(),
         bind_places: Vec::new(),

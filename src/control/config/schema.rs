@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::configure::Configure;
+use super::pools::SEND_PROXY;
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 
 /// One of some words.
@@ -43,6 +44,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
         "drain": map(json!({ "deadline": duration })),
         "bind_keys": { "type": "array", "items": { "enum": bind_keys } },
+        "send_proxy": words(&SEND_PROXY),
         "tls": map(json!({
             "ca": { "type": "string" }, "name": { "type": "string" }, "verify": words(&VERIFIES),
             "certificate": { "type": "string" }, "key": { "type": "string" },
@@ -106,7 +108,11 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
             "limits": { "type": "object", "additionalProperties": false, "properties": {
                 "connections": { "type": "integer", "minimum": 1 },
                 "queued_bytes": { "type": "integer", "minimum": 4096 },
-                "idle": duration, "connect": duration } }
+                "idle": duration, "connect": duration,
+                "per_source": { "type": "integer", "minimum": 0 },
+                "keep_alive": duration, "user_timeout": duration } },
+            "accept_proxy": { "type": "object", "additionalProperties": false, "required": ["trusted"], "properties": {
+                "trusted": { "type": "array", "minItems": 1, "items": { "type": "string" } }, "timeout": duration } }
         }
     })
 }

@@ -16,8 +16,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Opened, Outbox,
-    PeerChange, Protocol, Transport, WorkerId,
+    BackendId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Intake, Note,
+    Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -87,6 +87,13 @@ pub(crate) enum Dial {
     Backend(BackendId),
     /// To somebody else.
     Remote(Transport, SocketAddr),
+}
+
+impl<P: Protocol> State<P> {
+    /// What is done with a connection before the engine hears of it.
+    pub(crate) fn intake(&self) -> Intake {
+        P::intake(&self.setup.scope, &self.setup.options)
+    }
 }
 
 impl<P: Protocol> Host<P> {
@@ -222,6 +229,13 @@ impl<P: Protocol> Host<P> {
         });
     }
 
+    /// Counts something that has a name.
+    pub(crate) fn count(&self, word: &'static str) {
+        let mut state = self.cell.borrow_mut();
+        let names = self.shared.names(&state.router);
+        state.metrics.note(&Note::Count(word), &names);
+    }
+
     /// Tells the engine of a connection that opened.
     pub(crate) fn opened(self: &Rc<Self>, peer: Endpoint, opened: Opened<'_>) {
         self.batch(Instant::now(), |batch| batch.opened(peer, opened));
@@ -230,13 +244,18 @@ impl<P: Protocol> Host<P> {
     /// Serves a client's connection until it ends.
     pub(crate) async fn serve(self: Rc<Self>, taken: TakenIn, transport: Transport) {
         let TakenIn { stream, remote, local, facts, early } = taken;
+        let limit = self.state().spec.limits.per_source;
+        let Some(_place) = self.shared.source_place(remote.ip(), limit) else {
+            self.count("over_per_source");
+            return stream.reset_on_close();
+        };
         let (flow, connection) = self.adopt(stream, remote, local, transport);
         let opened = Opened { remote, local, transport, facts: &facts };
         self.opened(Endpoint::Client(flow), opened);
-        drop(facts);
         let cause = if P::LINKS == strowger_contract::Links::None {
-            crate::runtime::splice::serve(&self, flow, &connection, early).await
+            crate::runtime::splice::serve(&self, flow, &connection, facts, early).await
         } else {
+            drop(facts);
             let idle = self.state().spec.limits.idle;
             serve(&self, &connection, idle, early).await
         };

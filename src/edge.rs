@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::admin::{self, AdminBackend, Check, PutError, Traced};
 use crate::control::config::{self, ConfigErrors, Loaded, Source};
+use crate::control::registry::Registry;
 use crate::control::{probes, watch};
 use crate::observe::{Event, Events, Metrics, Sinks};
 use crate::protocols::Protocols;
@@ -76,6 +77,9 @@ struct Inner {
     metrics: Arc<Metrics>,
     events: Arc<Events>,
     sinks: Sinks,
+    registry: Arc<Registry>,
+    /// Held while configuration and leases are made one.
+    merging: Mutex<()>,
     protocols: Protocols,
     fleet: Mutex<Fleet>,
     active: Mutex<Active>,
@@ -131,7 +135,17 @@ impl Edge {
             seed,
             since_1970.as_secs() as u32,
         )?;
+        let registry = Registry::new(
+            Arc::clone(&core),
+            Arc::clone(&events),
+            Arc::clone(&metrics),
+            first.spec.node.name.clone(),
+            first.registry.state_file.as_ref().map(PathBuf::from),
+            first.registry.lease,
+        );
         let inner = Arc::new(Inner {
+            registry: Arc::clone(&registry),
+            merging: Mutex::default(),
             core: Arc::clone(&core),
             metrics: Arc::clone(&metrics),
             events,
@@ -146,6 +160,12 @@ impl Edge {
             epoch: AtomicU64::new(0),
             workers,
             started: now,
+        });
+        let weak = Arc::downgrade(&inner);
+        registry.on_change(move || {
+            if let Some(inner) = weak.upgrade() {
+                inner.apply_leases();
+            }
         });
         let view = Arc::clone(&core);
         metrics.set_pools_source(move || (view.pools_view(Instant::now()), view.sessions_view()));
@@ -175,6 +195,7 @@ impl Edge {
         self.spawn(admin::serve(listener, backend, token, self.stop.clone()));
         self.spawn(tick(Arc::clone(&self.inner)));
         self.spawn(follow_certificates(Arc::clone(&self.inner)));
+        self.spawn(Arc::clone(&self.inner.registry).run());
         let makers = Arc::clone(&self.inner);
         let make: probes::ProbeMaker = Arc::new(move |name| {
             makers.protocols.configurers().iter().find_map(|protocol| protocol.probe(name))
@@ -461,7 +482,11 @@ impl Inner {
         if !loaded.node.token_keys.is_empty() {
             self.core.set_token_keys(TokenKeys::new(loaded.node.token_keys.clone()));
         }
-        let plan = self.core.apply(Instant::now(), loaded.spec.clone());
+        self.registry.set_lease(loaded.registry.lease);
+        let merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spec = loaded.spec.clone();
+        self.registry.merge(&mut spec, self.core.pool_names());
+        let plan = self.core.apply(Instant::now(), spec);
         fleet.commit(prepared);
         drop(fleet);
         for (pool, instance) in &plan.pin_collisions {
@@ -477,7 +502,18 @@ impl Inner {
         let mut active = self.active();
         active.sources = std::mem::take(&mut loaded.sources);
         active.loaded = loaded;
+        drop(active);
+        drop(merging);
         failures
+    }
+
+    /// Leases changed: the union of the configuration and them is what is wanted.
+    fn apply_leases(&self) {
+        let _merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut spec = self.active().loaded.spec.clone();
+        self.registry.merge(&mut spec, self.core.pool_names());
+        let plan = self.core.apply(Instant::now(), spec);
+        self.epoch.store(plan.epoch, Ordering::Relaxed);
     }
 }
 
@@ -582,6 +618,14 @@ impl AdminBackend for Inner {
             "draining": self.core.is_draining(),
             "listeners": listeners,
         })
+    }
+
+    fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    fn permissions(&self) -> Vec<config::Permission> {
+        self.active().loaded.admin.permissions.clone()
     }
 
     fn session_spaces(&self) -> &'static [u8] {

@@ -1,7 +1,8 @@
-//! The control side: configuration, health probes, admin HTTP. It runs on its own thread and never
+//! The control side: configuration, registry, health probes, admin HTTP. It runs on its own thread and never
 //! on a worker's.
 
 pub mod admin;
 pub mod config;
 pub mod probes;
+pub mod registry;
 pub mod watch;

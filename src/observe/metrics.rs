@@ -51,6 +51,10 @@ pub struct Metrics {
     lag: HistogramVec,
     panics: IntCounterVec,
     events: IntCounterVec,
+    registrations: IntCounterVec,
+    lapsed: IntCounterVec,
+    leases: IntGaugeVec,
+    providers: IntGaugeVec,
 }
 
 impl fmt::Debug for Metrics {
@@ -279,6 +283,30 @@ impl Metrics {
                 "Workers that panicked and were restarted",
                 &["worker"],
             ),
+            registrations: counter(
+                &registry,
+                "strowger_registrations_total",
+                "Registrations of instances, by who brought them and what became of them",
+                &["provider", "outcome"],
+            ),
+            lapsed: counter(
+                &registry,
+                "strowger_leases_lapsed_total",
+                "Leases that were not renewed in time",
+                &["pool"],
+            ),
+            leases: gauge(
+                &registry,
+                "strowger_leases",
+                "Leased instances now; `held`: most ran out at once, and the last state stays",
+                &["pool", "state"],
+            ),
+            providers: gauge(
+                &registry,
+                "strowger_provider_up",
+                "1 while a provider of instances hears its source",
+                &["provider"],
+            ),
             events: counter(
                 &registry,
                 "strowger_events_total",
@@ -386,6 +414,29 @@ impl Metrics {
     /// Counts an event.
     pub fn event(&self, listener: &str, kind: &str) {
         self.events.with_label_values(&[listener, kind]).inc();
+    }
+
+    /// Somebody registered an instance, or tried to.
+    pub fn registration(&self, provider: &str, outcome: &str) {
+        self.registrations.with_label_values(&[provider, outcome]).inc();
+    }
+
+    /// A lease ran out.
+    pub fn lease_lapsed(&self, pool: &str) {
+        self.lapsed.with_label_values(&[pool]).inc();
+    }
+
+    /// How many leases there are, by pool and state.
+    pub fn leases(&self, counts: &[(String, &'static str, i64)]) {
+        self.leases.reset();
+        for (pool, state, count) in counts {
+            self.leases.with_label_values(&[pool.as_str(), state]).set(*count);
+        }
+    }
+
+    /// A provider hears its source, or not.
+    pub fn provider(&self, name: &str, up: bool) {
+        self.providers.with_label_values(&[name]).set(i64::from(up));
     }
 
     /// A configuration was loaded, or could not be.

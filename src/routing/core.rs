@@ -434,6 +434,55 @@ impl Core {
         Ok(())
     }
 
+    /// A request ended at a backend: feeds what its owner is told.
+    pub fn note_request(
+        &self,
+        now: Instant,
+        backend: BackendId,
+        outcome: strowger_contract::RequestOutcome,
+        took: Duration,
+    ) {
+        use strowger_contract::RequestOutcome::{Expired, Failed, Late, Met};
+        if let Some(live) = self.live(backend)
+            && matches!(outcome, Met | Late | Expired | Failed)
+        {
+            live.recent.note(self.clock(now), outcome != Met, took);
+        }
+    }
+
+    /// The edge's view of an instance for its owner: sessions with what is under way, and the last
+    /// minute.
+    ///
+    /// # Errors
+    /// There is no such pool or instance.
+    pub fn report(
+        &self,
+        now: Instant,
+        pool: &str,
+        id: &str,
+    ) -> Result<(u64, super::RecentView), NotFound> {
+        let snapshot = self.snapshot.load();
+        let (_, backend) = find(&snapshot, pool, id)?;
+        let sessions = self.table.sessions_of(backend.id);
+        let under_way = u64::from(backend.live.in_flight());
+        Ok((sessions.max(under_way), backend.live.recent.view(self.clock(now))))
+    }
+
+    /// Takes in what an instance's owner says of its load, in percent.
+    pub fn set_load(&self, pool: &str, id: &str, load: Option<u32>) {
+        if let Ok((_, backend)) = find(&self.snapshot.load(), pool, id) {
+            backend.live.set_load(load);
+        }
+    }
+
+    /// Whether the edge's own checks, its link or its traffic speak against an instance.
+    #[must_use]
+    pub fn is_ill(&self, now: Instant, pool: &str, id: &str) -> bool {
+        let clock = self.clock(now);
+        find(&self.snapshot.load(), pool, id)
+            .is_ok_and(|(_, backend)| !backend.is_well(clock) || !backend.is_linked())
+    }
+
     /// A backend's link has more queued than it should, or no longer.
     pub fn set_congested(&self, backend: BackendId, congested: bool) {
         if let Some(backend) = self.snapshot.load().backend(backend) {

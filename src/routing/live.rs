@@ -62,6 +62,10 @@ pub struct BackendLive {
     favour_permille: AtomicU32,
     favour_until: AtomicU64,
     buckets: [AtomicU64; 2],
+    /// What its owner says of its load, in percent plus one; 0: nothing.
+    load: AtomicU32,
+    /// The last minute, for its owner.
+    pub(super) recent: super::report::Recent,
     /// Requests sent to it.
     pub(super) requests: AtomicU64,
     /// Answers that do not speak against it.
@@ -229,6 +233,17 @@ impl BackendLive {
             (next - now <= reach).then_some(next)
         };
         full_at.fetch_update(Relaxed, Relaxed, next).is_ok()
+    }
+
+    /// Its owner says how loaded it is, in percent.
+    pub(super) fn set_load(&self, load: Option<u32>) {
+        self.load.store(load.map_or(0, |load| load.saturating_add(1)), Relaxed);
+    }
+
+    /// How loaded it is by its owner's word, in percent.
+    #[must_use]
+    pub fn load(&self) -> Option<u32> {
+        self.load.load(Relaxed).checked_sub(1)
     }
 
     /// Its link's queue is full, or no longer.

@@ -14,6 +14,7 @@
 //! | `table` | sessions without a token |
 //! | `bindings` | subscribers, by each of their names |
 //! | `holders` | how many sessions each backend has, and how often it lost them |
+//! | `report` | what an instance's owner is told: misses and response time of the last minute |
 //! | `flows` | names of clients' flows |
 //! | `peers` | subscribers, rates and favour, as engines use them; the operators' table of peers |
 //! | `events`, `view` | what operators see |
@@ -29,6 +30,7 @@ mod live;
 mod names;
 mod peers;
 mod qos;
+mod report;
 mod router;
 mod slots;
 mod snapshot;
@@ -44,6 +46,7 @@ pub use live::{BackendLive, CAPABILITIES_MAX};
 pub use names::PoolNames;
 pub use peers::PeerView;
 pub use qos::{ClassFigures, Histogram, QosFigures, Waker};
+pub use report::RecentView;
 pub use router::CoreRouter;
 pub use slots::Grant;
 pub use snapshot::{Backend, Pool, Snapshot};

@@ -72,6 +72,8 @@ pub struct PoolBackendView {
     pub identity: String,
     /// Its link: `up`, `down`, `suspect`, `unknown`.
     pub link: &'static str,
+    /// Its load by its owner's word, in percent.
+    pub load: Option<u32>,
     /// Seconds that its drain may still take.
     pub drain_remaining_s: Option<u64>,
 }
@@ -165,6 +167,7 @@ impl Core {
             latency_ms: live.latency_us() as f64 / 1_000.0,
             identity: identity.unwrap_or_else(|| live.identity()),
             link: live.link_word(),
+            load: live.load(),
             drain_remaining_s: live
                 .is_draining()
                 .then(|| live.drain_until().saturating_sub(now) / 1_000),

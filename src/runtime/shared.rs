@@ -125,6 +125,13 @@ impl Shared {
         }
     }
 
+    /// Takes a request's end into what its backend's owner is told.
+    pub(crate) fn report(&self, now: std::time::Instant, note: &Note) {
+        if let Note::Request { outcome, backend: Some(backend), at_backend, .. } = note {
+            self.core.note_request(now, *backend, *outcome, *at_backend);
+        }
+    }
+
     /// Logs what happens in the runtime.
     pub(crate) fn event(&self, event: NodeEvent) {
         let (level, name, detail) = match event {

@@ -12,6 +12,7 @@ mod diameter_peers;
 mod harness;
 mod load;
 mod qos;
+mod registry;
 mod reload;
 mod sip;
 mod tcp;

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, patch, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -18,7 +18,8 @@ use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::{AdminBackend, PutError};
+use super::{AdminBackend, PutError, leases};
+use crate::control::config::{Permission, Right};
 use crate::observe::Event;
 
 /// Events that wait for one slow reader.
@@ -52,6 +53,11 @@ pub(super) fn router(
         .route("/api/v1/config", get(config).put(put_config))
         .route("/api/v1/pools", get(pools))
         .route("/api/v1/pools/{pool}", get(pool))
+        .route(
+            "/api/v1/pools/{pool}/instances/{id}",
+            get(leases::get).put(leases::put).delete(leases::delete),
+        )
+        .route("/api/v1/pools/{pool}/instances/{id}/lease", patch(leases::renew))
         .route("/api/v1/pools/{pool}/instances/{id}/drain", post(drain))
         .route("/api/v1/pools/{pool}/instances/{id}/undrain", post(undrain))
         .route("/api/v1/sessions", get(sessions))
@@ -88,13 +94,8 @@ pub(super) fn problem(status: StatusCode, title: &str, extra: Value) -> Response
 /// The token, the number of requests, the time.
 async fn guard(State(shared): App, request: Request, next: Next) -> Response {
     let open = matches!(request.uri().path(), "/healthz" | "/readyz");
-    if !open && !is_allowed(shared.token.as_deref(), request.headers()) {
-        let response = problem(
-            StatusCode::UNAUTHORIZED,
-            "A token is needed: Authorization: Bearer TOKEN",
-            json!({}),
-        );
-        return (([(header::WWW_AUTHENTICATE, "Bearer")]), response).into_response();
+    if !open && let Err(response) = may(&shared, &request) {
+        return *response;
     }
     let Ok(_place) = shared.places.try_acquire() else {
         return problem(StatusCode::SERVICE_UNAVAILABLE, "Too many requests at a time", json!({}));
@@ -107,10 +108,68 @@ async fn guard(State(shared): App, request: Request, next: Next) -> Response {
     }
 }
 
-fn is_allowed(token: Option<&str>, headers: &HeaderMap) -> bool {
-    let Some(token) = token else { return true };
-    let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+/// Whether the token that is shown allows the request.
+fn may(shared: &Shared, request: &Request) -> Result<(), Box<Response>> {
+    let permissions = shared.backend.permissions();
+    if shared.token.is_none() && permissions.is_empty() {
+        return Ok(());
+    }
+    let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default().trim();
+    if shared.token.as_deref().is_some_and(|token| is_same(token, shown)) {
+        return Ok(());
+    }
+    let known: Option<&Permission> =
+        permissions.iter().find(|permission| is_same(&permission.token, shown));
+    let Some(known) = known else {
+        let title = "A token is needed: Authorization: Bearer TOKEN";
+        let response = problem(StatusCode::UNAUTHORIZED, title, json!({}));
+        return Err(Box::new(([(header::WWW_AUTHENTICATE, "Bearer")], response).into_response()));
+    };
+    let (right, pool) = what_is_asked(request.method(), request.uri().path());
+    if known.allows(right, pool.as_deref()) {
+        return Ok(());
+    }
+    let extra =
+        json!({ "token": known.name, "right": format!("{right:?}").to_lowercase(), "pool": pool });
+    Err(Box::new(problem(StatusCode::FORBIDDEN, "The token does not allow that", extra)))
+}
+
+/// The right that a request needs, and on which pool.
+fn what_is_asked(method: &Method, path: &str) -> (Right, Option<String>) {
+    let of_pool = path.strip_prefix("/api/v1/pools/").and_then(|rest| rest.split('/').next());
+    let pool = of_pool.map(unescaped);
+    if matches!(*method, Method::GET | Method::HEAD) {
+        return (Right::Read, None);
+    }
+    match pool {
+        Some(pool) if path.ends_with("drain") => (Right::Drain, Some(pool)),
+        Some(pool) => (Right::Register, Some(pool)),
+        None => (Right::Config, None),
+    }
+}
+
+/// Percent-encoding undone, as the path's own reader does.
+fn unescaped(text: &str) -> String {
+    let (mut out, bytes) = (Vec::new(), text.as_bytes());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = bytes.get(at + 1..at + 3).and_then(|pair| std::str::from_utf8(pair).ok());
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) if bytes[at] == b'%' => {
+                out.push(byte);
+                at += 3;
+            }
+            _ => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+fn is_same(token: &str, shown: &str) -> bool {
     // All bytes are compared, whatever the first ones say.
     let differs =
         shown.bytes().zip(token.bytes()).fold(0, |differs, (one, two)| differs | (one ^ two));
@@ -127,7 +186,15 @@ async fn ready(State(shared): App, Query(query): Query<Verbose>) -> Response {
     let ok = checks.iter().all(|check| check.ok);
     let status = if ok { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     if query.verbose.is_some() {
-        return (status, Json(json!({ "ready": ok, "checks": checks }))).into_response();
+        let providers: Vec<Value> = shared
+            .backend
+            .registry()
+            .providers()
+            .into_iter()
+            .map(|(name, state)| json!({ "name": name, "ok": state.ok, "detail": state.detail }))
+            .collect();
+        let body = json!({ "ready": ok, "checks": checks, "providers": providers });
+        return (status, Json(body)).into_response();
     }
     (status, if ok { "ready\n" } else { "not ready\n" }).into_response()
 }
@@ -263,9 +330,10 @@ async fn drain(
             }
         }
     };
-    let deadline = wanted.deadline_s.map(Duration::from_secs);
+    let deadline = wanted.deadline_s.map(leases::deadline);
     match shared.backend.core().drain(Instant::now(), &pool, &id, deadline) {
         Ok(sessions) => {
+            shared.backend.registry().drain(&pool, &id, true);
             (StatusCode::ACCEPTED, Json(json!({ "sessions": sessions }))).into_response()
         }
         Err(_) => no_instance(&pool, &id),
@@ -274,12 +342,15 @@ async fn drain(
 
 async fn undrain(State(shared): App, Path((pool, id)): Path<(String, String)>) -> Response {
     match shared.backend.core().undrain(Instant::now(), &pool, &id) {
-        Ok(()) => Json(json!({})).into_response(),
+        Ok(()) => {
+            shared.backend.registry().drain(&pool, &id, false);
+            Json(json!({})).into_response()
+        }
         Err(_) => no_instance(&pool, &id),
     }
 }
 
-fn no_instance(pool: &str, id: &str) -> Response {
+pub(super) fn no_instance(pool: &str, id: &str) -> Response {
     problem(
         StatusCode::NOT_FOUND,
         "There is no such pool or instance",

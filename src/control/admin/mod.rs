@@ -4,6 +4,7 @@
 
 mod api;
 mod calls;
+mod leases;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +15,8 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::control::config::Permission;
+use crate::control::registry::Registry;
 use crate::observe::{Events, Metrics, Sinks};
 use crate::routing::Core;
 
@@ -66,6 +69,10 @@ pub trait AdminBackend: Send + Sync {
     fn tracer(&self, protocol: &str, key: &str) -> Result<Traced, String>;
     /// The node and its listeners.
     fn node(&self) -> Value;
+    /// The leased instances.
+    fn registry(&self) -> &Arc<Registry>;
+    /// Tokens with rights.
+    fn permissions(&self) -> Vec<Permission>;
     /// The session spaces of all protocols' names: a name may be looked for in each.
     fn session_spaces(&self) -> &'static [u8];
 }

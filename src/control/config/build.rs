@@ -9,7 +9,7 @@ use strowger_contract::Class;
 
 use super::configure::Configure;
 use super::listeners::{Listeners, RawListener};
-use super::node::{AdminSettings, NodeSettings, admin, node, registry};
+use super::node::{AdminSettings, NodeSettings, RegistrySettings, admin, node, registry};
 use super::pools::{RawPool, pool};
 use super::read::{Reader, join};
 use super::tree::{Kind, Node};
@@ -34,6 +34,8 @@ pub struct Loaded {
     pub cdr: Option<CdrSettings>,
     /// Where copies of SIP messages go.
     pub hep: Option<HepSettings>,
+    /// The registry of leased instances.
+    pub registry: RegistrySettings,
     /// Further directories to read and watch.
     pub watch: Vec<PathBuf>,
     /// Not wrong, but perhaps not meant.
@@ -96,7 +98,7 @@ impl<'a> Build<'a> {
             admin(reader, tree, &mut self.loaded.admin);
         }
         if let Some(tree) = fields.get("registry") {
-            registry(reader, tree);
+            registry(reader, tree, &mut self.loaded.registry);
         }
         if let Some(tree) = fields.get("cdr").filter(|tree| tree.kind != Kind::Null) {
             self.loaded.cdr = exports::cdr(reader, tree);

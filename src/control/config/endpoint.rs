@@ -16,7 +16,7 @@ const SCHEMES: [(&str, Transport); 6] = [
 ];
 
 /// Reads one, or says what is wrong and what was expected.
-pub(super) fn endpoint(text: &str) -> Result<(Transport, SocketAddr), String> {
+pub fn endpoint(text: &str) -> Result<(Transport, SocketAddr), String> {
     let Some((scheme, rest)) = text.split_once("://") else {
         return Err(format!("`{text}` has no transport; write udp://{text} or tcp://{text}"));
     };

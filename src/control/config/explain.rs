@@ -74,6 +74,14 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
             map([
                 ("listen", text(&loaded.admin.listen.to_string())),
                 ("token_file", optional(loaded.admin.token_file.as_ref())),
+                ("permissions_file", optional(loaded.admin.permissions_file.as_ref())),
+            ]),
+        ),
+        (
+            "registry",
+            map([
+                ("state_file", optional(loaded.registry.state_file.as_ref())),
+                ("lease", time(loaded.registry.lease)),
             ]),
         ),
         ("cdr", loaded.cdr.as_ref().map_or_else(null, cdr)),

@@ -5,6 +5,7 @@
 //! | `tree` | YAML with the place of every value |
 //! | `read` | values out of the tree; collects what is wrong |
 //! | `build` | what the values mean together |
+//! | `permissions` | tokens of the admin API and what each may do |
 //! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
 //! | `exports` | call records and HEP |
 //! | `tls` | certificates, keys, authorities |
@@ -20,6 +21,7 @@ mod explain;
 mod exports;
 mod listeners;
 mod node;
+mod permissions;
 mod pools;
 mod read;
 mod schema;
@@ -31,8 +33,10 @@ use std::path::{Path, PathBuf};
 
 pub use build::Loaded;
 pub use configure::{Configure, Configured, configurer};
+pub use endpoint::endpoint as parse_endpoint;
 pub use explain::explain;
-pub use node::{AdminSettings, NodeSettings};
+pub use node::{AdminSettings, NodeSettings, RegistrySettings};
+pub use permissions::{Permission, Right};
 pub use schema::edge_schema;
 
 use crate::routing::PoolNames;

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
+use super::permissions::{self, Permission};
 use super::read::Reader;
 use super::tree::{Kind, Node};
 use crate::routing::NodeSpec;
@@ -48,12 +49,22 @@ pub struct AdminSettings {
     pub token: Option<String>,
     /// Where that was read from.
     pub token_file: Option<String>,
+    /// Further tokens, each with its rights; a reload changes them.
+    pub permissions: Vec<Permission>,
+    /// Where those were read from.
+    pub permissions_file: Option<String>,
 }
 
 impl Default for AdminSettings {
     fn default() -> Self {
         let listen = SocketAddr::from(([127, 0, 0, 1], 9080));
-        Self { listen, token: None, token_file: None }
+        Self {
+            listen,
+            token: None,
+            token_file: None,
+            permissions: Vec::new(),
+            permissions_file: None,
+        }
     }
 }
 
@@ -110,7 +121,9 @@ fn workers(reader: &mut Reader, node: &Node) -> Option<u8> {
 
 /// Reads `admin`.
 pub(super) fn admin(reader: &mut Reader, node: &Node, admin: &mut AdminSettings) {
-    let Some(fields) = reader.fields(node, "admin", &["listen", "token_file", "tls"]) else {
+    let Some(fields) =
+        reader.fields(node, "admin", &["listen", "token_file", "permissions_file", "tls"])
+    else {
         return;
     };
     fields.unsupported(reader, "tls", "TLS for the admin API is");
@@ -134,7 +147,19 @@ pub(super) fn admin(reader: &mut Reader, node: &Node, admin: &mut AdminSettings)
         warn_if_open(reader, "admin.token_file", &file);
         admin.token_file = Some(file);
     }
-    if !admin.listen.ip().is_loopback() && admin.token_file.is_none() {
+    if let Some(file) = fields.text(reader, "permissions_file") {
+        match permissions::read(&file) {
+            Ok(permissions) => admin.permissions = permissions,
+            Err(message) => {
+                let node = fields.node_of("permissions_file");
+                reader.wrong(node, "admin.permissions_file", message);
+            }
+        }
+        warn_if_open(reader, "admin.permissions_file", &file);
+        admin.permissions_file = Some(file);
+    }
+    let has_token = admin.token_file.is_some() || admin.permissions_file.is_some();
+    if !admin.listen.ip().is_loopback() && !has_token {
         reader.wrong(
             fields.node_of("listen"),
             "admin.listen",
@@ -146,19 +171,42 @@ pub(super) fn admin(reader: &mut Reader, node: &Node, admin: &mut AdminSettings)
     }
 }
 
-/// Reads `registry`. Instances come from files only in this version.
-pub(super) fn registry(reader: &mut Reader, node: &Node) {
+/// The registry of leased instances.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegistrySettings {
+    /// Where leases are kept over a restart; a reload does not change it.
+    pub state_file: Option<String>,
+    /// A lease's time, if its registration names none.
+    pub lease: Duration,
+}
+
+impl Default for RegistrySettings {
+    fn default() -> Self {
+        Self { state_file: None, lease: Duration::from_secs(15) }
+    }
+}
+
+/// Reads `registry`.
+pub(super) fn registry(reader: &mut Reader, node: &Node, registry: &mut RegistrySettings) {
     const LONGEST: Duration = Duration::from_secs(3_600);
     let Some(fields) = reader.fields(node, "registry", &["state_file", "lease"]) else { return };
-    fields.unsupported(reader, "state_file", "keeping leased instances over a restart is");
+    if let Some(file) = fields.text(reader, "state_file") {
+        let path = Path::new(&file);
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if path.is_dir() {
+            let message = format!("`{file}` is a directory; name a file in it");
+            reader.wrong(fields.node_of("state_file"), "registry.state_file", message);
+        } else if parent.is_some_and(|parent| !parent.is_dir()) {
+            let message = format!("the directory of `{file}` does not exist");
+            reader.wrong(fields.node_of("state_file"), "registry.state_file", message);
+        }
+        registry.state_file = Some(file);
+    }
     if let Some(lease) = fields.duration(reader, "lease") {
         if lease < Duration::from_secs(1) || lease > LONGEST {
             reader.wrong(fields.node_of("lease"), "registry.lease", "must be from 1s to 1h");
         }
-        reader.warnings.push(
-            "registry.lease has no effect: instances come from files only in this version"
-                .to_owned(),
-        );
+        registry.lease = lease;
     }
 }
 

@@ -189,6 +189,7 @@ impl<P: Protocol> Batch<'_, P> {
         for note in out.notes() {
             self.state.metrics.note(note, &view);
             self.host.shared.log(note, &view);
+            self.host.shared.report(self.now, note);
         }
         drop(view);
         for command in out.commands() {

@@ -1,0 +1,522 @@
+//! Leased instances: who is there by his own word, kept over reloads and restarts.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `types` | what travels over the API |
+//! | `model` | the state machine, pure |
+//! | `file` | the state file: write, fsync, rename |
+//! | this | the two in one running edge: events, metrics, the union with YAML backends |
+
+pub(crate) mod file;
+mod model;
+#[cfg(test)]
+mod properties;
+mod types;
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use strowger_contract::Level;
+use tokio::sync::watch;
+
+pub use model::{Change, GRACE_LEASES, HEARTBEATS, Lease, Model, Put, Refused, What};
+pub use types::{
+    BeatReply, Heartbeat, Identity, InstanceEndpoint, LEASE_MAX_MS, LEASE_MIN_MS, LeaseState,
+    Locality, Registration, check_id,
+};
+
+use crate::observe::{Event, Events, Metrics};
+use crate::routing::{BackendSpec, Core, PoolNames, SnapshotSpec};
+
+/// How often leases are looked at (gorouter's 30 s are far beyond a SIP transaction's 32 s).
+pub const SWEEP_EVERY: Duration = Duration::from_millis(500);
+
+/// Makes the union of configuration and leases the wanted state.
+type Refresh = Box<dyn Fn() + Send + Sync>;
+
+/// The registry of one edge.
+pub struct Registry {
+    start: Instant,
+    router_id: String,
+    epoch: u64,
+    lease: Mutex<Duration>,
+    core: Arc<Core>,
+    events: Arc<Events>,
+    metrics: Arc<Metrics>,
+    inner: Mutex<Inner>,
+    refresh: OnceLock<Refresh>,
+    wanted: watch::Sender<u64>,
+    written: watch::Sender<u64>,
+    file: Option<PathBuf>,
+}
+
+#[derive(Default)]
+struct Inner {
+    model: Model,
+    /// What stands in YAML: (pool, id), and addresses.
+    fixed_ids: HashSet<(String, String)>,
+    fixed_addresses: HashMap<String, (String, String)>,
+    pools: HashSet<String>,
+    /// Leases that YAML has the same id or address of: told once.
+    shadowed: HashSet<(String, String)>,
+    providers: HashMap<String, ProviderState>,
+}
+
+/// How a provider does.
+#[derive(Clone, Debug, Serialize)]
+pub struct ProviderState {
+    /// Whether it hears its source.
+    pub ok: bool,
+    /// What is wrong.
+    pub detail: String,
+}
+
+/// Why a registration or renewal was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RegistryError {
+    /// No configuration names such a pool.
+    NoPool,
+    /// A field is wrong.
+    Bad(String),
+    /// The id or the address stands in the configuration.
+    Configured(String),
+    /// By the state machine.
+    Refused(Refused),
+}
+
+impl From<Refused> for RegistryError {
+    fn from(refused: Refused) -> Self {
+        Self::Refused(refused)
+    }
+}
+
+/// A lease as the API shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeaseView {
+    /// Who brought it in.
+    pub source: String,
+    /// Milliseconds until it lapses.
+    pub expires_in_ms: u64,
+    /// `live`, `held`, `lapsed`.
+    pub standing: &'static str,
+    /// What was registered.
+    pub registration: Registration,
+}
+
+impl Registry {
+    /// Takes over what the state file holds. An unreadable file is set aside and told of.
+    #[must_use]
+    pub fn new(
+        core: Arc<Core>,
+        events: Arc<Events>,
+        metrics: Arc<Metrics>,
+        router_id: String,
+        file: Option<PathBuf>,
+        lease: Duration,
+    ) -> Arc<Self> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut epoch = now.as_millis() as u64;
+        let mut model = Model::default();
+        if let Some(path) = &file {
+            match file::read(path) {
+                Ok(Some(state)) => {
+                    epoch = state.epoch;
+                    let count = state.instances.len();
+                    model.restore(1, state.instances);
+                    let detail = format!("{count} instances from {}", path.display());
+                    events.emit(Event::node(Level::Info, "registry_restored", detail));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    let aside = path.with_extension("bad");
+                    let _kept = std::fs::rename(path, &aside);
+                    let detail = format!(
+                        "{}: {error}; set aside as {}; instances must register again",
+                        path.display(),
+                        aside.display()
+                    );
+                    events.emit(Event::node(Level::Warn, "registry_state_unreadable", detail));
+                }
+            }
+        }
+        let inner = Mutex::new(Inner { model, ..Inner::default() });
+        let start = Instant::now();
+        let (lease, refresh) = (Mutex::new(lease), OnceLock::new());
+        let (wanted, written) = (watch::Sender::new(0), watch::Sender::new(0));
+        Arc::new(Self {
+            start,
+            router_id,
+            epoch,
+            lease,
+            core,
+            events,
+            metrics,
+            inner,
+            refresh,
+            wanted,
+            written,
+            file,
+        })
+    }
+
+    /// What to do when leases changed.
+    pub fn on_change(&self, refresh: impl Fn() + Send + Sync + 'static) {
+        // It is set once, by the edge.
+        let _set_before = self.refresh.set(Box::new(refresh));
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64 + 1
+    }
+
+    /// The default lease's time; a reload may change it.
+    pub fn set_lease(&self, lease: Duration) {
+        *self.lease.lock().unwrap_or_else(PoisonError::into_inner) = lease;
+    }
+
+    /// The default lease's time.
+    #[must_use]
+    pub fn lease(&self) -> Duration {
+        *self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What it calls itself towards registrars.
+    #[must_use]
+    pub fn router_id(&self) -> &str {
+        &self.router_id
+    }
+
+    /// Changes when what was known is lost.
+    #[must_use]
+    pub fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    /// Registers an instance; see [`Model::put`].
+    ///
+    /// # Errors
+    /// See [`RegistryError`].
+    pub fn put(
+        &self,
+        pool: &str,
+        id: &str,
+        mut registration: Registration,
+        source: &str,
+        vouched: bool,
+    ) -> Result<Put, RegistryError> {
+        let outcome = self.try_put(pool, id, &mut registration, source, vouched);
+        let word = match &outcome {
+            Ok(Put::Created) => "created",
+            Ok(Put::Updated) => "updated",
+            Err(RegistryError::NoPool) => "no_pool",
+            Err(RegistryError::Bad(_)) => "malformed",
+            Err(RegistryError::Configured(_)) => "configured",
+            Err(RegistryError::Refused(Refused::AddressInUse { .. })) => "address_in_use",
+            Err(RegistryError::Refused(Refused::Stale { .. })) => "stale",
+            Err(RegistryError::Refused(_)) => "refused",
+        };
+        self.metrics.registration(source, word);
+        self.after();
+        outcome
+    }
+
+    fn try_put(
+        &self,
+        pool: &str,
+        id: &str,
+        registration: &mut Registration,
+        source: &str,
+        vouched: bool,
+    ) -> Result<Put, RegistryError> {
+        check_id(id).map_err(RegistryError::Bad)?;
+        let default = self.lease().as_millis() as u64;
+        registration.check(default).map_err(RegistryError::Bad)?;
+        let mut inner = self.inner();
+        if !inner.pools.contains(pool) {
+            return Err(RegistryError::NoPool);
+        }
+        if inner.fixed_ids.contains(&(pool.to_owned(), id.to_owned())) {
+            return Err(RegistryError::Configured(format!("the id {id}")));
+        }
+        for endpoint in &registration.endpoints {
+            let holder = inner.fixed_addresses.get(&endpoint.address);
+            if let Some((other_pool, other)) = holder.filter(|(_, other)| other != id) {
+                let what = format!("the address {} of {other_pool}/{other}", endpoint.address);
+                return Err(RegistryError::Configured(what));
+            }
+        }
+        let now = self.now();
+        Ok(inner.model.put(now, pool, id, registration.clone(), source, vouched)?)
+    }
+
+    /// A heartbeat, and the edge's view in answer.
+    ///
+    /// # Errors
+    /// The lease is not known, or another generation is.
+    pub fn renew(
+        &self,
+        pool: &str,
+        id: &str,
+        generation: Option<u64>,
+        beat: &Heartbeat,
+    ) -> Result<BeatReply, Refused> {
+        let now = self.now();
+        let ttl_ms = {
+            let mut inner = self.inner();
+            inner.model.renew(now, pool, id, generation, beat)?;
+            inner.model.get(pool, id).map_or(0, |lease| lease.registration.lease_ttl_ms)
+        };
+        self.after();
+        if beat.load.is_some() {
+            self.core.set_load(pool, id, beat.load);
+        }
+        let (sessions, recent) = self.core.report(Instant::now(), pool, id).unwrap_or_default();
+        Ok(BeatReply {
+            ttl_ms,
+            next_ms: ttl_ms / HEARTBEATS,
+            router_id: self.router_id.clone(),
+            epoch: self.epoch,
+            sessions,
+            deadline_miss_ppm: recent.miss_ppm(),
+            p99_ms: recent.p99_ms,
+            samples: recent.requests,
+        })
+    }
+
+    /// No new sessions for a leased instance, or again.
+    pub fn drain(&self, pool: &str, id: &str, draining: bool) {
+        // One that is not leased is drained by the core alone.
+        let _not_leased = self.inner().model.drain(pool, id, draining);
+        self.after();
+    }
+
+    /// An instance left.
+    ///
+    /// # Errors
+    /// The lease is not known, or another generation is.
+    pub fn delete(&self, pool: &str, id: &str, generation: Option<u64>) -> Result<(), Refused> {
+        let outcome = self.inner().model.delete(pool, id, generation);
+        self.after();
+        outcome
+    }
+
+    /// Who has an address, of those that a source brought in.
+    #[must_use]
+    pub fn holder(&self, source: &str, pool: &str, address: &str) -> Option<String> {
+        let inner = self.inner();
+        let mut leases = inner.model.pool(pool).filter(|(_, lease)| lease.source == source);
+        let found = leases.find(|(_, lease)| {
+            lease.registration.endpoints.iter().any(|endpoint| endpoint.address == address)
+        });
+        found.map(|(id, _)| id.to_owned())
+    }
+
+    /// All leases of a source: (pool, id, registration).
+    #[must_use]
+    pub fn of_source(&self, source: &str) -> Vec<(String, String, Registration)> {
+        let inner = self.inner();
+        let of_it = inner.model.leases().filter(|(_, _, lease)| lease.source == source);
+        of_it
+            .map(|(pool, id, lease)| (pool.to_owned(), id.to_owned(), lease.registration.clone()))
+            .collect()
+    }
+
+    /// A lease for the API.
+    #[must_use]
+    pub fn view(&self, pool: &str, id: &str) -> Option<LeaseView> {
+        let now = self.now();
+        let inner = self.inner();
+        let lease = inner.model.get(pool, id)?;
+        let expires = lease.renewed.saturating_add(lease.registration.lease_ttl_ms);
+        Some(LeaseView {
+            source: lease.source.clone(),
+            expires_in_ms: expires.saturating_sub(now),
+            standing: if lease.is_held() {
+                "held"
+            } else if lease.is_lapsed() {
+                "lapsed"
+            } else {
+                "live"
+            },
+            registration: lease.registration.clone(),
+        })
+    }
+
+    /// A provider hears its source, or not.
+    pub fn provider(&self, name: &str, state: Result<(), String>) {
+        let (ok, detail) = match state {
+            Ok(()) => (true, String::new()),
+            Err(detail) => (false, detail),
+        };
+        self.metrics.provider(name, ok);
+        let new = ProviderState { ok, detail: detail.clone() };
+        let before = self.inner().providers.insert(name.to_owned(), new);
+        if before.as_ref().is_none_or(|before| before.ok != ok) {
+            let event = if ok {
+                Event::node(Level::Info, "provider_up", name.to_owned())
+            } else {
+                let detail = format!("{name}: {detail}; what it last said stays");
+                Event::node(Level::Warn, "provider_down", detail)
+            };
+            self.events.emit(event);
+        }
+    }
+
+    /// Whether all providers hear their sources; what is wrong if not.
+    #[must_use]
+    pub fn providers(&self) -> Vec<(String, ProviderState)> {
+        let mut list: Vec<_> = self.inner().providers.clone().into_iter().collect();
+        list.sort_by(|one, two| one.0.cmp(&two.0));
+        list
+    }
+
+    /// Adds the leased instances to a configuration's wanted state. What stands in YAML wins: it is
+    /// the operator's word.
+    pub fn merge(&self, spec: &mut SnapshotSpec, names: &PoolNames) {
+        let mut inner = self.inner();
+        inner.note_configured(spec);
+        let mut shadowed = HashSet::new();
+        for pool in &mut spec.pools {
+            let id = names.id(&pool.name);
+            let of_pool = spec.listeners.iter().filter(|listener| listener.pools.contains(&id));
+            let protocols: Vec<&str> = of_pool.map(|listener| listener.protocol).collect();
+            for (id, lease) in inner.model.pool(&pool.name) {
+                let Some(backend) = types::backend_of(id, lease, &protocols) else { continue };
+                let clashes = |other: &BackendSpec| {
+                    other.id == backend.id
+                        || (other.transport, other.address) == (backend.transport, backend.address)
+                };
+                if pool.backends.iter().any(clashes) {
+                    shadowed.insert((pool.name.clone(), id.to_owned()));
+                } else {
+                    pool.backends.push(backend);
+                }
+            }
+        }
+        let fresh: Vec<_> = shadowed.difference(&inner.shadowed).cloned().collect();
+        inner.shadowed = shadowed;
+        drop(inner);
+        for (pool, id) in fresh {
+            let detail = "its id or address stands in the configuration, which wins".to_owned();
+            self.events.emit(Event::pool(Level::Warn, "lease_shadowed", &pool, &id, detail));
+        }
+    }
+
+    /// Tells of changes, brings them into force, and has them written down.
+    fn after(&self) {
+        let changes = self.inner().model.take_changes();
+        if changes.is_empty() {
+            return;
+        }
+        for change in &changes {
+            let bad =
+                matches!(change.what, What::Lapsed | What::Gone | What::Superseded | What::Held);
+            let level = if bad { Level::Warn } else { Level::Info };
+            if change.what == What::Lapsed {
+                self.metrics.lease_lapsed(&change.pool);
+            }
+            let detail = format!("generation {}", change.generation);
+            let (pool, id) = (&change.pool, &change.id);
+            self.events.emit(Event::pool(level, change.what.word(), pool, id, detail));
+        }
+        self.wanted.send_modify(|number| *number += 1);
+        if let Some(refresh) = self.refresh.get() {
+            refresh();
+        }
+    }
+
+    /// Time goes on.
+    pub fn sweep(&self) {
+        let now = self.now();
+        let clock = Instant::now();
+        {
+            let mut inner = self.inner();
+            inner.model.sweep(now, &|pool, id| self.core.is_ill(clock, pool, id));
+        }
+        self.after();
+    }
+
+    /// How many leases each pool has, by state.
+    #[must_use]
+    pub fn counts(&self) -> Vec<(String, &'static str, i64)> {
+        let mut counts: HashMap<(String, &'static str), i64> = HashMap::new();
+        for (pool, _, lease) in self.inner().model.leases() {
+            let state = crate::routing::InstanceState::from(lease.state()).word();
+            let word = if lease.is_held() { "held" } else { state };
+            *counts.entry((pool.to_owned(), word)).or_default() += 1;
+        }
+        counts.into_iter().map(|((pool, state), count)| (pool, state, count)).collect()
+    }
+
+    /// Waits until all that has changed so far is on disk. At once if nothing is kept there.
+    pub async fn written(&self) {
+        if self.file.is_none() {
+            return;
+        }
+        let wanted = *self.wanted.borrow();
+        let mut written = self.written.subscribe();
+        // It ends with the edge.
+        let _ended = written.wait_for(|number| *number >= wanted).await;
+    }
+
+    /// Sweeps, and writes the state file when something changed. Never ends.
+    pub async fn run(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(SWEEP_EVERY);
+        let mut wanted = self.wanted.subscribe();
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {
+                    self.sweep();
+                    self.metrics.leases(&self.counts());
+                }
+                _ = wanted.changed() => self.write().await,
+            }
+        }
+    }
+
+    async fn write(&self) {
+        let number = *self.wanted.borrow();
+        let Some(path) = self.file.clone() else { return };
+        let state = file::State {
+            version: 1,
+            epoch: self.epoch,
+            instances: {
+                let inner = self.inner();
+                let all = inner.model.leases();
+                all.map(|(pool, id, lease)| (pool.to_owned(), id.to_owned(), lease.clone()))
+                    .collect()
+            },
+        };
+        let shown = path.display().to_string();
+        let done = tokio::task::spawn_blocking(move || file::write(&path, &state)).await;
+        if let Ok(Err(error)) = done {
+            let detail = format!("{shown}: {error}; a restart would forget what changed");
+            self.events.emit(Event::node(Level::Warn, "registry_state_not_written", detail));
+        }
+        self.written.send_replace(number);
+    }
+}
+
+impl Inner {
+    /// Notes what the configuration itself has.
+    fn note_configured(&mut self, spec: &SnapshotSpec) {
+        self.fixed_ids.clear();
+        self.fixed_addresses.clear();
+        self.pools = spec.pools.iter().map(|pool| pool.name.clone()).collect();
+        for pool in &spec.pools {
+            for backend in &pool.backends {
+                let holder = (pool.name.clone(), backend.id.clone());
+                let address = format!("{}://{}", backend.transport.scheme(), backend.address);
+                self.fixed_ids.insert(holder.clone());
+                self.fixed_addresses.insert(address, holder);
+            }
+        }
+    }
+}

@@ -355,7 +355,9 @@ fn take_in<P: Protocol>(
     let Some(place) = place(host) else { return };
     let host = Rc::clone(host);
     tokio::task::spawn_local(async move {
-        if let Some(taken) = super::intake::take_in(&host, stream, remote, transport).await {
+        // In a box of its own: a handshake's memory must not stay with the idle connection.
+        let taking = Box::pin(super::intake::take_in(&host, stream, remote, transport));
+        if let Some(taken) = taking.await {
             host.serve(taken, transport).await;
         }
         drop(place);

@@ -64,8 +64,8 @@ async fn join<P: Protocol>(
     limits: SpliceLimits,
     facts: &PeerFacts,
 ) -> Result<Stream, CloseCause> {
-    let connecting = open(host, backend, limits.connect);
-    tokio::pin!(connecting);
+    // In a box of its own: a handshake's memory must not stay with the idle flow.
+    let mut connecting = Box::pin(open(host, backend, limits.connect));
     let stream = loop {
         tokio::select! {
             opened = &mut connecting => break opened?.stream,

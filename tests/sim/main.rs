@@ -11,6 +11,7 @@
 mod diameter;
 mod diameter_mutations;
 mod sip;
+mod sip_cases;
 mod world;
 
 use std::panic::catch_unwind;

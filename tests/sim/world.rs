@@ -120,6 +120,40 @@ pub(crate) struct World {
     pub(crate) trace: bool,
 }
 
+/// A pool without checks, ejections or ramps.
+pub(crate) fn pool_spec(
+    name: &str,
+    balance: Balance,
+    key: &str,
+    backends: Vec<BackendSpec>,
+) -> PoolSpec {
+    PoolSpec {
+        name: name.into(),
+        balance,
+        bounded_load: None,
+        session_key: key.into(),
+        session_ttl: Duration::from_secs(7_200),
+        health: HealthSpec {
+            probe: None,
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(1),
+            rise: 1,
+            fall: 1,
+            outlier_faults: 0,
+            outlier_ejection: Duration::from_secs(5),
+            outlier_max_percent: 50,
+        },
+        slow_start: Duration::ZERO,
+        drain_deadline: Duration::from_secs(600),
+        debounce: Duration::from_secs(2),
+        panic_percent: 0,
+        needs_link: false,
+        bind_keys: Vec::new(),
+        bind_places: Vec::new(),
+        backends,
+    }
+}
+
 impl World {
     pub(crate) fn new(seed: u64, transports: &'static [Transport], needs_link: bool) -> Self {
         let mut dice = Dice(mix(seed));

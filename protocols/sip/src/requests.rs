@@ -241,9 +241,6 @@ impl SipEngine {
             let answer = Answer::new(440, "Max-Breadth Exceeded");
             return self.finish(now, slot, incoming.scan, &answer, RequestOutcome::Rejected, out);
         }
-        if invite {
-            self.answer_client(slot, incoming.scan, &Answer::new(100, "Trying"), out);
-        }
         let request = &message.bytes;
         let first = self.place_and_send(now, slot, request, incoming.scan, target, router, out);
         if let Err((answer, refusal)) = first {
@@ -260,6 +257,9 @@ impl SipEngine {
                 self.transactions.remove(slot);
             }
             return;
+        }
+        if invite {
+            self.answer_client(slot, incoming.scan, &Answer::new(100, "Trying"), out);
         }
         for _ in 1..width.min(breadth) {
             // Whoever else there is; that there are fewer is no failure.

@@ -1,0 +1,600 @@
+//! SIP, step by step: one engine, the real core, and what it sends for what it gets.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use strowger::routing::{
+    BackendSpec, Balance, Core, CoreRouter, CoreSettings, InstanceState, SnapshotSpec,
+};
+use strowger_contract::{
+    AttemptOutcome, CallPhase, CloseCause, Command, Context, Endpoint, Engine, Keyer, LocalSocket,
+    Message, Note, Outbox, PeerChange, Protocol, Scope, TokenKeys, Transport, WorkerId,
+};
+use strowger_sip::{Sip, SipEngine, SipMatch, SipOptions};
+
+const EDGE: &str = "10.9.9.9:5060";
+const CLIENT: &str = "198.51.100.7:5070";
+
+struct Bench {
+    core: Arc<Core>,
+    router: CoreRouter,
+    engine: SipEngine,
+    out: Outbox,
+    start: Instant,
+    at: Duration,
+    /// What was sent, and noted, since it was last looked at.
+    sent: Vec<(Endpoint, String)>,
+    notes: Vec<Note>,
+}
+
+fn backend(number: u8, capacity: Option<u32>) -> BackendSpec {
+    BackendSpec {
+        id: format!("i{number}"),
+        generation: 0,
+        transport: Transport::Udp,
+        address: SocketAddr::from(([10, 0, 0, number], 5060)),
+        weight: 100,
+        priority: 0,
+        capacity,
+        identity: None,
+        state: InstanceState::Ready,
+    }
+}
+
+impl Bench {
+    fn new(options: Value, key: &str, backends: Vec<BackendSpec>) -> Self {
+        let start = Instant::now();
+        let core = Core::new(
+            CoreSettings {
+                token_keys: TokenKeys::new(vec![[3; 16]]),
+                keyer: Keyer::new([4; 16]),
+                seed: 1,
+                sessions_max: 1 << 12,
+                bindings_max: 0,
+                workers: 1,
+            },
+            start,
+        );
+        let pool = crate::world::pool_spec("pool", Balance::Hash, key, backends);
+        core.apply(start, SnapshotSpec { pools: vec![pool], ..SnapshotSpec::default() });
+        let socket = |transport| LocalSocket {
+            transport,
+            address: EDGE.parse().expect("an address"),
+            advertise: None,
+        };
+        let scope = Scope::<SipMatch> {
+            listener: "bench".into(),
+            node: "edge".into(),
+            realm: String::new(),
+            sockets: vec![socket(Transport::Udp), socket(Transport::Tcp)],
+            routes: Vec::new(),
+            pool: Some(core.pool_names().id("pool")),
+        };
+        let options: SipOptions = serde_json::from_value(options).expect("options");
+        assert_eq!(Sip::check(&scope, &options), [], "the options are good");
+        let engine = Sip::engine(&Context {
+            worker: WorkerId(0),
+            workers: 1,
+            seed: 7,
+            started: 1,
+            scope: &scope,
+            options: &options,
+        });
+        let mut router = core.router(WorkerId(0));
+        router.refresh();
+        Self {
+            core,
+            router,
+            engine,
+            out: Outbox::new(),
+            start,
+            at: Duration::ZERO,
+            sent: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    fn collect(&mut self) {
+        for command in self.out.commands() {
+            if let Command::Send(frame) = command {
+                let text = String::from_utf8_lossy(self.out.bytes(&frame.bytes)).into_owned();
+                self.sent.push((frame.to, text));
+            }
+        }
+        self.notes.extend(self.out.notes().iter().cloned());
+        self.out.clear();
+    }
+
+    fn gets(&mut self, from: SocketAddr, text: &str) -> Vec<(Endpoint, String)> {
+        let message = Message {
+            from: Endpoint::Datagram { socket: 0, remote: from },
+            transport: Transport::Udp,
+            remote: from,
+            local: EDGE.parse().expect("an address"),
+            arrived: self.start + self.at,
+            bytes: text.as_bytes(),
+        };
+        let now = self.start + self.at;
+        self.engine.on_message(now, message, &mut self.router, &mut self.out);
+        self.collect();
+        // The 100 goes out behind the request; for the reader it stands first.
+        self.sent.sort_by_key(|(_, text)| !text.starts_with("SIP/2.0 100"));
+        std::mem::take(&mut self.sent)
+    }
+
+    fn client(&mut self, text: &str) -> Vec<(Endpoint, String)> {
+        self.gets(CLIENT.parse().expect("an address"), text)
+    }
+
+    /// The instance that got `request` answers it.
+    fn answers(
+        &mut self,
+        request: &(Endpoint, String),
+        line: &str,
+        more: &str,
+    ) -> Vec<(Endpoint, String)> {
+        let answer = answer(&request.1, line, more);
+        self.gets(remote(request.0), &answer)
+    }
+
+    fn passes(&mut self, time: Duration) -> Vec<(Endpoint, String)> {
+        let until = self.at + time;
+        while let Some(next) = self.engine.next_timeout() {
+            let next = next.saturating_duration_since(self.start);
+            if next > until {
+                break;
+            }
+            self.at = self.at.max(next);
+            let now = self.start + self.at;
+            self.engine.on_timeout(now, &mut self.router, &mut self.out);
+            self.collect();
+        }
+        self.at = until;
+        std::mem::take(&mut self.sent)
+    }
+
+    fn closed(&mut self, peer: Endpoint, cause: CloseCause) -> Vec<(Endpoint, String)> {
+        let now = self.start + self.at;
+        self.engine.on_peer(now, peer, PeerChange::Closed(cause), &mut self.router, &mut self.out);
+        self.collect();
+        std::mem::take(&mut self.sent)
+    }
+
+    fn held(&self) -> u64 {
+        self.view(|backend| backend.held)
+    }
+
+    fn view(&self, what: impl Fn(&strowger::routing::PoolBackendView) -> u64) -> u64 {
+        let pools = self.core.pools_view(self.start + self.at);
+        pools[0].backends.iter().map(what).sum()
+    }
+
+    /// Nothing is left over.
+    fn rests(&mut self) {
+        self.passes(Duration::from_secs(300));
+        assert_eq!(self.engine.in_progress(), 0);
+        assert_eq!(self.view(|backend| u64::from(backend.in_flight)), 0);
+    }
+}
+
+fn remote(to: Endpoint) -> SocketAddr {
+    match to {
+        Endpoint::Datagram { remote, .. } => remote,
+        Endpoint::Remote { address, .. } => address,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn header<'a>(text: &'a str, name: &str) -> &'a str {
+    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": ")).unwrap_or_default()
+}
+
+fn answer(request: &str, line: &str, more: &str) -> String {
+    let mut text = format!("SIP/2.0 {line}\r\n");
+    for name in ["Via", "Record-Route", "From", "Call-ID", "CSeq"] {
+        for kept in request.lines().filter(|kept| kept.starts_with(&format!("{name}: "))) {
+            text += &format!("{kept}\r\n");
+        }
+    }
+    let tag = if header(request, "To").contains("tag=") { "" } else { ";tag=callee" };
+    format!("{text}To: {}{tag}\r\n{more}Content-Length: 0\r\n\r\n", header(request, "To"))
+}
+
+fn request(method: &str, call: &str, more: &str) -> String {
+    format!(
+        "{method} sip:bob@example.net SIP/2.0\r\nVia: SIP/2.0/UDP {CLIENT};branch=z9hG4bK-{call}-{method};rport\r\n\
+         Max-Forwards: 70\r\nFrom: <sip:alice@example.net>;tag=a\r\nTo: <sip:bob@example.net>\r\n\
+         Call-ID: {call}\r\nCSeq: 1 {method}\r\nContact: <sip:alice@{CLIENT}>\r\n{more}Content-Length: 0\r\n\r\n"
+    )
+}
+
+fn starts(sent: &[(Endpoint, String)]) -> Vec<String> {
+    let line = |(_, text): &(Endpoint, String)| {
+        let first = text.lines().next().unwrap_or_default();
+        first
+            .split(' ')
+            .take(if first.starts_with("SIP") { 2 } else { 1 })
+            .last()
+            .unwrap_or("")
+            .to_owned()
+    };
+    sent.iter().map(line).collect()
+}
+
+fn three() -> Vec<BackendSpec> {
+    (1..=3).map(|number| backend(number, None)).collect()
+}
+
+#[test]
+fn a_call_holds_a_slot_from_its_2xx_to_its_bye_and_is_recorded() {
+    let mut bench = Bench::new(json!({"cdr": true}), "", vec![backend(1, Some(1))]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    assert_eq!(starts(&sent), ["100", "INVITE"]);
+    let invite = sent[1].clone();
+    assert_eq!(starts(&bench.answers(&invite, "180 Ringing", "")), ["180"]);
+    assert_eq!(bench.held(), 0);
+    let answered = bench.answers(&invite, "200 OK", "Contact: <sip:bob@10.0.0.1>\r\n");
+    assert_eq!(starts(&answered), ["200"]);
+    assert_eq!(bench.held(), 1);
+    assert_eq!(starts(&bench.answers(&invite, "200 OK", "")), ["200"], "13.3.1.4: repeated");
+    assert_eq!(bench.held(), 1, "and counted once");
+    // The one slot is taken.
+    let refused = bench.client(&request("INVITE", "c2", ""));
+    assert!(
+        refused.len() == 1
+            && refused[0].1.starts_with("SIP/2.0 503")
+            && refused[0].1.contains("Retry-After"),
+        "{refused:?}"
+    );
+    let route = header(&answered[0].1, "Record-Route").to_owned();
+    let bye = request("BYE", "c1", &format!("Route: {route}\r\n"))
+        .replace("To: <sip:bob@example.net>", "To: <sip:bob@example.net>;tag=callee")
+        .replace("BYE sip:bob@example.net", "BYE sip:bob@10.0.0.1");
+    let sent = bench.client(&bye);
+    assert_eq!(starts(&sent), ["BYE"], "{sent:?}");
+    bench.answers(&sent[0], "200 OK", "");
+    assert_eq!(bench.held(), 0);
+    let phases: Vec<_> = bench
+        .notes
+        .iter()
+        .filter_map(|note| match note {
+            Note::Call(record) if &*record.call_id == b"c1" => {
+                Some((record.phase, record.end.map(|end| end.cause)))
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        phases,
+        [(CallPhase::Began, None), (CallPhase::Answered, None), (CallPhase::Ended, Some("bye"))]
+    );
+    bench.rests();
+}
+
+#[test]
+fn a_call_whose_bye_is_lost_ends_with_its_session_timer() {
+    let mut bench = Bench::new(json!({"cdr": true}), "", vec![backend(1, None)]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    bench.answers(&sent[1], "200 OK", "Session-Expires: 90;refresher=uac\r\n");
+    assert_eq!(bench.held(), 1);
+    bench.passes(Duration::from_secs(121));
+    bench.core.tick(bench.start + bench.at);
+    assert_eq!(bench.held(), 1);
+    bench.passes(Duration::from_secs(3));
+    bench.core.tick(bench.start + bench.at);
+    assert_eq!(bench.held(), 0);
+    let ended = bench.notes.iter().any(|note| {
+        matches!(note, Note::Call(record) if record.end.is_some_and(|end| end.cause == "session_expired"))
+    });
+    assert!(ended);
+    bench.rests();
+}
+
+#[test]
+fn parallel_forks_ring_together_and_the_first_2xx_wins() {
+    let mut bench = Bench::new(json!({"fork": "parallel", "fork_targets": 3}), "", three());
+    let sent = bench.client(&request("INVITE", "c1", "Max-Breadth: 9\r\n"));
+    assert_eq!(starts(&sent), ["100", "INVITE", "INVITE", "INVITE"]);
+    assert!(sent[1..].iter().all(|(_, text)| header(text, "Max-Breadth") == "3"), "{sent:?}");
+    let to: std::collections::HashSet<_> = sent[1..].iter().map(|(to, _)| remote(*to)).collect();
+    assert_eq!(to.len(), 3);
+    for leg in &sent[1..3] {
+        assert_eq!(starts(&bench.answers(leg, "180 Ringing", "")), ["180"]);
+    }
+    let won = bench.answers(&sent[1], "200 OK", "");
+    let mut kinds = starts(&won);
+    kinds.sort();
+    assert_eq!(kinds, ["200", "CANCEL"], "the one that rings is cancelled at once");
+    assert_eq!(
+        starts(&bench.answers(&sent[3], "180 Ringing", "")),
+        ["CANCEL"],
+        "and the other when it does"
+    );
+    assert_eq!(starts(&bench.answers(&sent[2], "487 Gone", "")), ["ACK"]);
+    assert_eq!(starts(&bench.answers(&sent[3], "487 Gone", "")), ["ACK"]);
+    bench.rests();
+}
+
+#[test]
+fn of_forks_that_refuse_the_best_answer_goes_back_with_all_challenges() {
+    for (codes, expected) in [
+        (["404 No", "503 Busy", "486 Busy"], "404"),
+        (["503 No", "500 No", "408 No"], "408"),
+        (["486 Busy", "401 Who", "407 Who"], "401"),
+        (["302 Moved", "404 No", "500 No"], "302"),
+    ] {
+        let options = json!({"fork": "parallel", "fork_targets": 3, "failover_codes": []});
+        let mut bench = Bench::new(options, "", three());
+        let sent = bench.client(&request("INVITE", "c1", ""));
+        let mut last = Vec::new();
+        for (leg, code) in sent[1..].iter().zip(codes) {
+            let challenge = format!("WWW-Authenticate: Digest realm=\"{code}\"\r\n");
+            last = bench.answers(leg, code, &challenge);
+        }
+        assert_eq!(starts(&last), ["ACK", expected], "{codes:?}");
+        if expected == "401" {
+            assert_eq!(last[1].1.matches("WWW-Authenticate").count(), 2, "{}", last[1].1);
+        }
+        bench.rests();
+    }
+}
+
+#[test]
+fn a_6xx_ends_the_others_and_serial_forks_go_on_until_one_answers() {
+    let mut bench = Bench::new(json!({"fork": "parallel", "fork_targets": 2}), "", three());
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    bench.answers(&sent[1], "180 Ringing", "");
+    let after = bench.answers(&sent[2], "603 Decline", "");
+    assert_eq!(starts(&after), ["ACK", "CANCEL"]);
+    assert_eq!(starts(&bench.answers(&sent[1], "487 Gone", "")), ["ACK", "603"]);
+    bench.rests();
+
+    let mut bench = Bench::new(json!({"fork": "serial", "fork_targets": 3}), "", three());
+    let sent = bench.client(&request("INVITE", "c2", ""));
+    let second = bench.answers(&sent[1], "486 Busy", "");
+    assert_eq!(starts(&second), ["ACK", "INVITE"]);
+    let third = bench.answers(&second[1], "404 No", "");
+    assert_eq!(starts(&third), ["ACK", "INVITE"]);
+    assert_eq!(starts(&bench.answers(&third[1], "200 OK", "")), ["200"]);
+    bench.rests();
+}
+
+#[test]
+fn redirections_are_followed_best_first_and_only_when_wanted() {
+    let moved = "Contact: <sip:c@192.0.2.1>;q=0.5, <sip:d@192.0.2.2>\r\n";
+    let mut bench = Bench::new(json!({}), "", three());
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    assert_eq!(starts(&bench.answers(&sent[1], "302 Moved", moved)), ["ACK", "302"]);
+    let mut bench = Bench::new(json!({"recurse": true}), "", three());
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let first = bench.answers(&sent[1], "302 Moved", moved);
+    assert!(first[1].1.starts_with("INVITE sip:d@192.0.2.2 SIP/2.0"), "{first:?}");
+    let second = bench.answers(&first[1], "486 Busy", "");
+    assert!(second[1].1.starts_with("INVITE sip:c@192.0.2.1 SIP/2.0"), "{second:?}");
+    assert_eq!(starts(&bench.answers(&second[1], "200 OK", "")), ["200"]);
+    bench.rests();
+}
+
+#[test]
+fn an_instance_that_asks_for_five_minutes_rests_briefly_and_never_are_all_out() {
+    let mut bench = Bench::new(json!({"retry_after_max": "5s"}), "", three());
+    let mut sent = bench.client(&request("INVITE", "c1", ""));
+    sent.remove(0);
+    for _ in 0..3 {
+        let next = bench.answers(&sent[0], "503 No", "Retry-After: 300\r\n");
+        assert_eq!(starts(&next)[0], "ACK");
+        sent = next[1..].to_vec();
+    }
+    assert_eq!(starts(&sent), ["500"], "a 503 of an instance is not the client's (16.7 step 6)");
+    // All three asked for a rest, and still somebody is asked.
+    let again = bench.client(&request("INVITE", "c2", ""));
+    assert_eq!(starts(&again), ["100", "INVITE"]);
+    bench.rests();
+}
+
+#[test]
+fn a_hung_instance_costs_one_call_and_then_gets_one_at_a_time() {
+    let mut bench = Bench::new(json!({}), "", three());
+    // It is known how long they take: a millisecond.
+    for call in 0..60 {
+        let sent = bench.client(&request("INVITE", &format!("w{call}"), ""));
+        bench.at += Duration::from_millis(1);
+        bench.answers(&sent[1], "486 Busy", "");
+    }
+    bench.passes(Duration::from_secs(40));
+    let first = bench.client(&request("INVITE", "h0", ""));
+    let hung = remote(first[1].0);
+    let after = bench.passes(Duration::from_millis(250));
+    let moved: Vec<_> = after
+        .iter()
+        .filter(|(to, text)| text.starts_with("INVITE") && remote(*to) != hung)
+        .collect();
+    assert_eq!(moved.len(), 1, "within a quarter of a second another has it: {after:?}");
+    let mut at_hung = 0;
+    for call in 0..100 {
+        let sent = bench.client(&request("INVITE", &format!("h{call}x"), ""));
+        at_hung += u32::from(remote(sent[1].0) == hung);
+    }
+    assert_eq!(at_hung, 0);
+    bench.rests();
+}
+
+#[test]
+fn an_unreachable_address_fails_over_at_once() {
+    let mut bench = Bench::new(json!({}), "", three());
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let next = bench.closed(sent[1].0, CloseCause::Refused);
+    assert_eq!(starts(&next), ["INVITE"]);
+    assert_ne!(remote(next[0].0), remote(sent[1].0));
+    assert_eq!(starts(&bench.answers(&next[0], "200 OK", "")), ["200"]);
+    bench.rests();
+}
+
+#[test]
+fn large_requests_go_over_tcp_and_as_datagrams_where_that_is_refused() {
+    let mut bench = Bench::new(json!({}), "", three());
+    let big = format!("X-Big: {}\r\n", "x".repeat(1_400));
+    let sent = bench.client(&request("INVITE", "c1", &big));
+    let Endpoint::Remote { transport: Transport::Tcp, address } = sent[1].0 else {
+        panic!("{:?}", sent[1].0)
+    };
+    assert!(sent[1].1.contains("Via: SIP/2.0/TCP 10.9.9.9:5060"), "{}", sent[1].1);
+    let again = bench.closed(sent[1].0, CloseCause::Refused);
+    assert_eq!(again[0].0, Endpoint::Datagram { socket: 0, remote: address });
+    assert!(again[0].1.contains("Via: SIP/2.0/UDP 10.9.9.9:5060"));
+    assert_eq!(starts(&bench.answers(&again[0], "200 OK", "")), ["200"]);
+    let next = bench.client(&request("INVITE", "c1b", &big).replace("Call-ID: c1b", "Call-ID: c1"));
+    assert_eq!(next[1].0, again[0].0, "for a while nothing else is tried");
+    bench.rests();
+}
+
+#[test]
+fn calls_of_one_key_stay_together_also_when_they_fail_over() {
+    for (key, more) in [
+        ("from", ""),
+        ("ruri-user", ""),
+        ("source", ""),
+        ("header:X-Tenant", "X-Tenant: t1\r\n"),
+        ("auth-user", "Proxy-Authorization: Digest username=\"u1\", realm=\"x\"\r\n"),
+    ] {
+        let mut bench =
+            Bench::new(json!({}), key, (1..=8).map(|number| backend(number, None)).collect());
+        let (mut first, mut second) =
+            (std::collections::HashSet::new(), std::collections::HashSet::new());
+        for call in 0..12 {
+            let sent = bench.client(&request("MESSAGE", &format!("k{call}"), more));
+            first.insert(remote(sent[0].0));
+            let next = bench.answers(&sent[0], "503 No", "");
+            second.insert(remote(next[0].0));
+            bench.answers(&next[0], "200 OK", "");
+        }
+        assert_eq!((first.len(), second.len()), (1, 1), "{key}");
+    }
+}
+
+#[test]
+fn a_registered_user_is_called_where_the_registration_is() {
+    let options = json!({"aor_affinity": true});
+    let mut bench = Bench::new(options, "", (1..=8).map(|number| backend(number, None)).collect());
+    let register = request("REGISTER", "r1", "Expires: 600\r\n");
+    let sent = bench.client(&register);
+    let home = remote(sent[0].0);
+    bench.answers(&sent[0], "200 OK", "Contact: <sip:bob@192.0.2.9>;expires=300\r\n");
+    for call in 0..10 {
+        let sent = bench.client(&request("MESSAGE", &format!("m{call}"), ""));
+        assert_eq!(remote(sent[0].0), home);
+        bench.answers(&sent[0], "200 OK", "");
+    }
+    bench.passes(Duration::from_secs(301));
+    let homes: std::collections::HashSet<_> = (0..10)
+        .map(|call| remote(bench.client(&request("MESSAGE", &format!("n{call}"), ""))[0].0))
+        .collect();
+    assert!(homes.len() > 1, "it is forgotten with the binding");
+    bench.rests();
+}
+
+#[test]
+fn a_loop_is_told_from_a_spiral() {
+    let mut bench = Bench::new(json!({}), "", three());
+    let sent = bench.client(&request("MESSAGE", "c1", ""));
+    // The instance sends it back as it came, but for its own Via.
+    let looped =
+        sent[0].1.replacen("Via:", "Via: SIP/2.0/UDP 10.0.0.1:5060;branch=z9hG4bK-x1\r\nVia:", 1);
+    let answered = bench.gets(remote(sent[0].0), &looped);
+    assert_eq!(starts(&answered), ["482"]);
+    let spiral = looped
+        .replacen("MESSAGE sip:bob@example.net", "MESSAGE sip:carol@10.9.9.9", 1)
+        .replace("x1", "x2");
+    let passed = bench.gets(remote(sent[0].0), &spiral);
+    assert_eq!(starts(&passed), ["MESSAGE"], "{passed:?}");
+}
+
+#[test]
+fn scanners_floods_and_the_unlisted_hear_nothing_and_peers_are_spared() {
+    let options = json!({
+        "access": {"deny": ["203.0.113.0/24"]},
+        "peers": ["192.0.2.0/24"],
+        "limits": {
+            "per_source": {"per_second": 1, "burst": 2},
+            "per_method": {"SUBSCRIBE": {"per_second": 1, "burst": 1}}
+        }
+    });
+    let mut bench = Bench::new(options, "", three());
+    assert_eq!(bench.client(&request("OPTIONS", "s1", "User-Agent: Friendly-Scanner\r\n")), []);
+    assert_eq!(
+        bench.gets("203.0.113.5:5060".parse().expect("an address"), &request("OPTIONS", "s2", "")),
+        []
+    );
+    let from = |bench: &mut Bench, ip: &str, call: String| {
+        starts(&bench.gets(ip.parse().expect("an address"), &request("MESSAGE", &call, "")))
+    };
+    let many: Vec<_> = (0..4).map(|call| from(&mut bench, CLIENT, format!("l{call}"))).collect();
+    assert_eq!(many, [["MESSAGE"], ["MESSAGE"], ["503"], ["503"]]);
+    for call in 0..20 {
+        assert_eq!(from(&mut bench, "192.0.2.1:5060", format!("p{call}")), ["MESSAGE"]);
+    }
+    let sos = request("MESSAGE", "e1", "").replacen("sip:bob@example.net", "urn:service:sos", 1);
+    assert_eq!(starts(&bench.client(&sos)), ["MESSAGE"], "emergencies are never limited");
+    let subscribe = |bench: &mut Bench, call: &str| {
+        let from = "192.0.2.1:5060".parse().expect("an address");
+        starts(&bench.gets(from, &request("SUBSCRIBE", call, "")))
+    };
+    assert_eq!(subscribe(&mut bench, "u1"), ["SUBSCRIBE"]);
+    assert_eq!(subscribe(&mut bench, "u2"), ["503"]);
+}
+
+#[test]
+fn rules_and_trust_change_what_they_say_and_nothing_else() {
+    let options = json!({
+        "trusted": ["192.0.2.0/24"],
+        "header_rules": [{"towards": "instances", "set": {"X-Edge": "${source_ip}"}}]
+    });
+    let mut bench = Bench::new(options, "", three());
+    let identity = "P-Asserted-Identity: <sip:boss@example.net>\r\nIdentity: eyJhbGci\r\n";
+    let sent = bench.client(&request("INVITE", "c1", identity));
+    assert!(!sent[1].1.contains("P-Asserted"), "{}", sent[1].1);
+    assert!(
+        sent[1].1.contains("Identity: eyJhbGci\r\n")
+            && sent[1].1.contains("X-Edge: 198.51.100.7\r\n")
+    );
+    let peer = "192.0.2.1:5060".parse().expect("an address");
+    let sent = bench.gets(peer, &request("INVITE", "c2", identity));
+    assert!(sent[1].1.contains("P-Asserted-Identity: <sip:boss@example.net>\r\n"));
+}
+
+#[test]
+fn attempts_are_counted_by_how_they_came_out() {
+    let mut bench = Bench::new(json!({}), "", three());
+    for (call, line) in [("a1", "200 OK"), ("a2", "486 Busy"), ("a3", "500 No")] {
+        let sent = bench.client(&request("INVITE", call, ""));
+        bench.answers(&sent[1], line, "");
+    }
+    let sent = bench.client(&request("INVITE", "a4", ""));
+    bench.answers(&sent[1], "180 Ringing", "");
+    let cancel = request("INVITE", "a4", "")
+        .replacen("INVITE", "CANCEL", 1)
+        .replacen("1 INVITE", "1 CANCEL", 1);
+    let cancelled = bench.client(&cancel);
+    assert_eq!(starts(&cancelled), ["200", "CANCEL"]);
+    bench.answers(&sent[1], "487 Gone", "");
+    let outcomes: Vec<_> = bench
+        .notes
+        .iter()
+        .filter_map(|note| match note {
+            Note::Attempt { outcome, post_dial, .. } => Some((*outcome, post_dial.is_some())),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        outcomes,
+        [
+            (AttemptOutcome::Answered, true),
+            (AttemptOutcome::Unanswered, false),
+            (AttemptOutcome::Failed, false),
+            (AttemptOutcome::Cancelled, true)
+        ]
+    );
+    bench.rests();
+}

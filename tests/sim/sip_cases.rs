@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use strowger::routing::{
-    BackendSpec, Balance, Core, CoreRouter, CoreSettings, InstanceState, SnapshotSpec,
+    BackendSpec, Balance, Core, CoreRouter, CoreSettings, Grant, InstanceState, SnapshotSpec,
 };
 use strowger_contract::{
     AttemptOutcome, CallPhase, CloseCause, Command, Context, Endpoint, Engine, Keyer, LocalSocket,
@@ -96,7 +96,26 @@ impl Bench {
         }
     }
 
+    /// What the engine wants, and what became of requests that wait.
     fn collect(&mut self) {
+        let (mut grants, now) = (Vec::new(), self.start + self.at);
+        loop {
+            self.take();
+            self.router.grants(now, &mut grants);
+            if grants.is_empty() {
+                return;
+            }
+            for grant in grants.drain(..) {
+                let (engine, router, out) = (&mut self.engine, &mut self.router, &mut self.out);
+                match grant {
+                    Grant::Go(ticket, route) => engine.on_granted(now, ticket, route, router, out),
+                    Grant::Refuse(ticket, why) => engine.on_refused(now, ticket, why, router, out),
+                }
+            }
+        }
+    }
+
+    fn take(&mut self) {
         for command in self.out.commands() {
             if let Command::Send(frame) = command {
                 let text = String::from_utf8_lossy(self.out.bytes(&frame.bytes)).into_owned();
@@ -141,7 +160,9 @@ impl Bench {
 
     fn passes(&mut self, time: Duration) -> Vec<(Endpoint, String)> {
         let until = self.at + time;
-        while let Some(next) = self.engine.next_timeout() {
+        while let Some(next) =
+            self.engine.next_timeout().into_iter().chain(self.router.next_timeout()).min()
+        {
             let next = next.saturating_duration_since(self.start);
             if next > until {
                 break;
@@ -240,21 +261,28 @@ fn a_call_holds_a_slot_from_its_2xx_to_its_bye_and_is_recorded() {
     assert_eq!(bench.held(), 1);
     assert_eq!(starts(&bench.answers(&invite, "200 OK", "")), ["200"], "13.3.1.4: repeated");
     assert_eq!(bench.held(), 1, "and counted once");
-    // The one slot is taken.
-    let refused = bench.client(&request("INVITE", "c2", ""));
-    assert!(
-        refused.len() == 1
-            && refused[0].1.starts_with("SIP/2.0 503")
-            && refused[0].1.contains("Retry-After"),
-        "{refused:?}"
-    );
+    // The one slot is taken: the next waits, is silent to repetitions, and may be withdrawn.
+    assert_eq!(starts(&bench.client(&request("INVITE", "c2", ""))), ["100"]);
+    assert_eq!(starts(&bench.client(&request("INVITE", "c2", ""))), ["100"]);
+    let cancel = request("INVITE", "c2", "").replacen("INVITE", "CANCEL", 1);
+    let ended = bench.client(&cancel.replacen("1 INVITE", "1 CANCEL", 1));
+    assert_eq!(starts(&ended), ["200", "487"]);
+    // One that waits too long is told so in time.
+    assert_eq!(starts(&bench.client(&request("INVITE", "c3", ""))), ["100"]);
+    let late = bench.passes(Duration::from_millis(510));
+    let told = late.iter().find(|(_, text)| text.starts_with("SIP/2.0 503"));
+    assert!(told.is_some_and(|(_, text)| text.contains("Retry-After")), "{late:?}");
+    // And one goes as soon as the call is over.
+    assert_eq!(starts(&bench.client(&request("INVITE", "c4", ""))), ["100"]);
     let route = header(&answered[0].1, "Record-Route").to_owned();
     let bye = request("BYE", "c1", &format!("Route: {route}\r\n"))
         .replace("To: <sip:bob@example.net>", "To: <sip:bob@example.net>;tag=callee")
         .replace("BYE sip:bob@example.net", "BYE sip:bob@10.0.0.1");
     let sent = bench.client(&bye);
     assert_eq!(starts(&sent), ["BYE"], "{sent:?}");
-    bench.answers(&sent[0], "200 OK", "");
+    let ended = bench.answers(&sent[0], "200 OK", "");
+    assert_eq!(starts(&ended), ["200", "INVITE"]);
+    bench.answers(&ended[1], "486 Busy", "");
     assert_eq!(bench.held(), 0);
     let phases: Vec<_> = bench
         .notes

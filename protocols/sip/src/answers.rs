@@ -158,6 +158,10 @@ impl SipEngine {
         if late && invite {
             out.note(Note::Count("sip_late_success"));
         }
+        if state == State::Open {
+            // Before its slot is given back: the call's is free as well for whoever waits.
+            self.bye_ended(now, slot, code, router, out);
+        }
         self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
         if state != State::Open {
             if !invite {
@@ -188,7 +192,6 @@ impl SipEngine {
         }
         out.note(Note::Answer { method: method.word(), class: 2, backend });
         self.call_answered(now, slot, message.bytes, scan, router, out);
-        self.bye_ended(now, slot, code, router, out);
         self.bind(now, slot, message.bytes, scan, router);
         self.relay(slot, message.bytes, scan, router, out);
         self.note_attempt(now, slot, code, false, out);
@@ -254,6 +257,9 @@ impl SipEngine {
         leg.rest();
         let refuses = backend.is_some() && self.settings.options.failover_codes.contains(&code);
         let verdict = if code == 503 || refuses { Verdicts::Refused } else { Verdicts::Answered };
+        if !was_done && state == State::Open {
+            self.bye_ended(now, slot, code, router, out);
+        }
         self.settle_leg(now, slot, at.1, verdict, router);
         if was_done || state != State::Open {
             return out.drop_message("answer_repeated");
@@ -340,7 +346,9 @@ impl SipEngine {
         let (code, backend) = (transaction.best.code, transaction.best.backend);
         let (method, pool) = (transaction.method, transaction.pool);
         transaction.answered_by = backend;
-        self.bye_ended(now, slot, code, router, out);
+        if transaction.best.bytes.is_empty() {
+            self.bye_ended(now, slot, code, router, out);
+        }
         let Some(transaction) = self.transactions.get(slot) else { return };
         if transaction.best.bytes.is_empty() {
             if code == 408 && !transaction.is_invite() {

@@ -11,7 +11,7 @@
 //! | `place`, `send`, `write`, `rules` | choosing the next hop; the request as it goes there |
 //! | `pace` | how long an instance may be silent, and what retries may cost |
 //! | `transaction` | what is under way: one request, its legs |
-//! | `engine`, `requests`, `responses`, `answers`, `finish`, `timers` | the proxy |
+//! | `engine`, `requests`, `responses`, `answers`, `failures`, `finish`, `timers` | the proxy |
 //! | `stateless` | sending on without remembering |
 //! | `calls` | slots and records of calls |
 //! | `respond` | answers of our own |
@@ -25,6 +25,7 @@ pub mod branch;
 mod calls;
 mod classify;
 mod engine;
+mod failures;
 mod finish;
 pub mod frame;
 mod guard;

@@ -63,6 +63,7 @@ impl Bench {
             transport,
             address: EDGE.parse().expect("an address"),
             advertise: None,
+            mode: None,
         };
         let scope = Scope::<SipMatch> {
             listener: "bench".into(),

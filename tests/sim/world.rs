@@ -148,6 +148,7 @@ pub(crate) fn pool_spec(
         debounce: Duration::from_secs(2),
         panic_percent: 0,
         needs_link: false,
+        tls: None,
         qos: strowger::routing::QosSpec::default(),
         bind_keys: Vec::new(),
         bind_places: Vec::new(),

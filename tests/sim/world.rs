@@ -148,6 +148,7 @@ pub(crate) fn pool_spec(
         debounce: Duration::from_secs(2),
         panic_percent: 0,
         needs_link: false,
+        send_proxy: strowger::routing::SendProxy::Off,
         tls: None,
         qos: strowger::routing::QosSpec::default(),
         bind_keys: Vec::new(),
@@ -174,11 +175,8 @@ impl World {
         let balances =
             [Balance::Hash, Balance::LeastLoaded, Balance::WeightedRandom, Balance::RoundRobin];
         let spec = PoolSpec {
-            name: POOL.into(),
             balance: balances[dice.below(4) as usize],
             bounded_load: dice.percent(20).then_some(150),
-            session_key: String::new(),
-            session_ttl: Duration::from_secs(7_200),
             health: HealthSpec {
                 probe: (!needs_link).then(|| "probe".into()),
                 interval: Duration::from_secs(1),
@@ -190,16 +188,9 @@ impl World {
                 outlier_max_percent: 50,
             },
             slow_start: Duration::from_secs(dice.below(2) * 5),
-            drain_deadline: Duration::from_secs(600),
-            debounce: Duration::from_secs(2),
             panic_percent: [0, 50][dice.below(2) as usize],
             needs_link,
-            send_proxy: strowger::routing::SendProxy::Off,
-            tls: None,
-            bind_keys: Vec::new(),
-            bind_places: Vec::new(),
-            qos: strowger::routing::QosSpec::default(),
-            backends: Vec::new(),
+            ..pool_spec(POOL, Balance::Hash, "", Vec::new())
         };
         let pool = core.pool_names().id(POOL);
         let mut world = Self {

@@ -236,3 +236,14 @@ pub(crate) fn wait_for_tcp(port: u16) {
         std::thread::sleep(Duration::from_millis(30));
     }
 }
+
+/// Writes what the admin server has at a path to a file: a body that is no text.
+pub(crate) fn download(edge: &Edge, path: &str, to: &Path) {
+    let mut stream = TcpStream::connect(edge.admin).expect("the admin server");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("sent");
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).expect("an answer");
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    let body = answer.windows(4).position(|window| window == b"\r\n\r\n").expect("a body") + 4;
+    fs::write(to, &answer[body..]).expect("written");
+}

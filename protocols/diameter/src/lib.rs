@@ -18,6 +18,7 @@
 //! | `classify`, `matching`, `subscriber` | what a request is, and who it is about |
 //! | `overload`, `redirect`, `duplicates` | what servers tell besides |
 //! | `answer` | errors in Diameter's words |
+//! | `trace` | which messages belong to a trace |
 #![forbid(unsafe_code)]
 
 mod answer;
@@ -42,9 +43,10 @@ mod redirect;
 mod relay;
 pub mod rewrite;
 mod subscriber;
+mod trace;
 mod watchdog;
 
-use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Transport};
+use strowger_contract::{Context, Links, OptionsError, Probe, Protocol, Scope, Tracer, Transport};
 
 pub use engine::DiameterEngine;
 pub use frame::DiameterFramer;
@@ -66,6 +68,7 @@ impl Protocol for Diameter {
     const BIND_KEYS: &'static [&'static str] =
         &["imsi", "imsi-apn", "msisdn", "framed-ip", "framed-ipv6-prefix"];
     const SESSION_KEYS: &'static [&'static str] = &["session-id"];
+    const TRACE_KEYS: &'static [&'static str] = trace::KEYS;
 
     type Options = DiameterOptions;
     type Match = DiameterMatch;
@@ -86,5 +89,17 @@ impl Protocol for Diameter {
 
     fn probe(_: &str) -> Option<Box<dyn Probe>> {
         None
+    }
+
+    fn tracer(kind: &str, value: &str) -> Result<Box<dyn Tracer>, String> {
+        trace::tracer(kind, value)
+    }
+
+    fn conversation(message: &[u8]) -> Option<&[u8]> {
+        trace::conversation(message)
+    }
+
+    fn describe(message: &[u8]) -> String {
+        trace::describe(message)
     }
 }

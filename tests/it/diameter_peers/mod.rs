@@ -6,6 +6,7 @@ mod freediameter;
 mod mediation;
 mod stacks;
 mod tap;
+mod trace;
 
 use std::collections::{HashMap, HashSet};
 

@@ -1,12 +1,11 @@
 //! Traces, the export to Homer, and the list of calls, as tshark reads them.
 
-use std::fs;
 use std::net::UdpSocket;
 use std::process::Command;
 use std::time::Duration;
 
 use super::phone::{Client, Server};
-use crate::harness::{Edge, free_port, has, http};
+use crate::harness::{Edge, download, free_port, has, http};
 
 const LIMIT: Duration = Duration::from_secs(15);
 
@@ -27,18 +26,6 @@ fn tshark(file: &std::path::Path, fields: &[&str]) -> Vec<String> {
     let output = command.output().expect("tshark runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
-}
-
-/// The bytes of a body that is no text.
-fn download(edge: &Edge, path: &str, to: &std::path::Path) {
-    use std::io::{Read, Write};
-    let mut stream = std::net::TcpStream::connect(edge.admin).expect("the admin server");
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("sent");
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).expect("an answer");
-    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
-    let body = answer.windows(4).position(|window| window == b"\r\n\r\n").expect("a body") + 4;
-    fs::write(to, &answer[body..]).expect("written");
 }
 
 #[test]

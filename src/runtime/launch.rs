@@ -176,8 +176,9 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
         }
     }
     let stop = CancellationToken::new();
-    let host = Host::<P>::new(place.worker, place.shared, place.spec, setup, ports, stop);
     let broken = place.broken;
+    let (worker, told) = (place.worker, Rc::clone(&broken));
+    let host = Host::<P>::new(worker, place.shared, place.spec, setup, ports, stop, told);
     for port in host.ports.iter().flatten() {
         guard(&broken, spawn(&host, receive(Rc::clone(&host), Rc::clone(port))));
     }
@@ -238,6 +239,9 @@ async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
         if count == 0 {
             continue;
         }
+        // Going to sleep gives the others their turn as well; to yield first would cost a look at
+        // the kernel for each wake.
+        let mut is_drained = false;
         for _ in 0..BATCHES_PER_TURN {
             host.batch(Instant::now(), |engine| {
                 for index in 0..count {
@@ -249,14 +253,20 @@ async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
                 }
             });
             if count < BATCH {
+                is_drained = true;
                 break;
             }
             match port.receive_more(&mut batch) {
                 Some(more) => count = more,
-                None => break,
+                None => {
+                    is_drained = true;
+                    break;
+                }
             }
         }
-        tokio::task::yield_now().await;
+        if !is_drained {
+            tokio::task::yield_now().await;
+        }
     }
 }
 
@@ -315,6 +325,7 @@ async fn accept_unix<P: Protocol>(host: Rc<Host<P>>, listener: UnixListener, loc
                 let taken = super::intake::take_in_unix(stream, number, local);
                 let host = Rc::clone(&host);
                 tokio::task::spawn_local(async move {
+                    let _alarm = host.alarm();
                     host.serve(taken, Transport::Unix).await;
                     drop(place);
                 });
@@ -355,6 +366,7 @@ fn take_in<P: Protocol>(
     let Some(place) = place(host) else { return };
     let host = Rc::clone(host);
     tokio::task::spawn_local(async move {
+        let _alarm = host.alarm();
         // In a box of its own: a handshake's memory must not stay with the idle connection.
         let taking = Box::pin(super::intake::take_in(&host, stream, remote, transport));
         if let Some(taken) = taking.await {

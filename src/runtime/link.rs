@@ -168,6 +168,7 @@ impl LinkTable {
 pub(crate) fn dial<P: Protocol>(host: &Rc<Host<P>>, dial: Dial) {
     let host = Rc::clone(host);
     tokio::task::spawn_local(async move {
+        let _alarm = host.alarm();
         match dial {
             Dial::Backend(backend) => {
                 let failures = host.state().links.failures(backend);
@@ -369,7 +370,10 @@ async fn keep_link<P: Protocol>(host: Rc<Host<P>>, backend: BackendId) {
         let task = {
             let host = Rc::clone(&host);
             // In a task of its own: the keeper may be aborted, a link's end must still be told.
-            tokio::task::spawn_local(async move { run_link(&host, backend, failures).await })
+            tokio::task::spawn_local(async move {
+                let _alarm = host.alarm();
+                run_link(&host, backend, failures).await
+            })
         };
         let Ok(pause) = task.await else { return };
         let pause = pause.max(host.state().links.held_off(backend, Instant::now()));

@@ -50,12 +50,25 @@ pub(crate) struct Host<P: Protocol> {
     pub(crate) ports: Vec<Option<Rc<DatagramPort>>>,
     pub(crate) scratch: RefCell<Vec<u8>>,
     pub(crate) stop: CancellationToken,
+    broken: Rc<Notify>,
     cell: RefCell<State<P>>,
     timer: Notify,
     /// Told by any worker when a waiting request of this one's was settled.
     granted: Arc<Notify>,
     armed: Cell<Option<Instant>>,
     queued_bytes_max: Cell<usize>,
+}
+
+/// Held by a connection's task: a panic there, outside of the engine, would only end the task and
+/// leave its connection to nobody. The worker is told and starts again as a whole.
+pub(crate) struct Alarm(Rc<Notify>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.notify_one();
+        }
+    }
 }
 
 /// What the engine and its wishes touch.
@@ -105,6 +118,7 @@ impl<P: Protocol> Host<P> {
         setup: Arc<Setup<P>>,
         ports: Vec<Option<Rc<DatagramPort>>>,
         stop: CancellationToken,
+        broken: Rc<Notify>,
     ) -> Rc<Self> {
         let engine = P::engine(&context(worker, &shared, &setup, 0));
         let state = State {
@@ -134,12 +148,18 @@ impl<P: Protocol> Host<P> {
             ports,
             scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
             stop,
+            broken,
             cell: RefCell::new(state),
             timer: Notify::new(),
             granted,
             armed: Cell::new(None),
             queued_bytes_max: Cell::new(spec.limits.queued_bytes),
         })
+    }
+
+    /// For a task that nobody waits for.
+    pub(crate) fn alarm(&self) -> Alarm {
+        Alarm(Rc::clone(&self.broken))
     }
 
     /// Above so many waiting bytes a peer is read from no more.

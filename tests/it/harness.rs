@@ -74,6 +74,11 @@ impl Process {
         Self { child }
     }
 
+    /// Its process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// kill -9.
     pub(crate) fn kill(&mut self) {
         let _gone = self.child.kill();

@@ -18,3 +18,4 @@ mod sip;
 mod tcp;
 mod tcp_intake;
 mod tls;
+mod watch;

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::control::admin::{self, AdminBackend, Check, PutError, Traced};
 use crate::control::config::{self, ConfigErrors, Loaded, Source};
 use crate::control::registry::Registry;
-use crate::control::{probes, watch};
+use crate::control::{probes, service, watch};
 use crate::observe::{Event, Events, Metrics, Sinks};
 use crate::protocols::Protocols;
 use crate::routing::{Core, CoreEvent, CoreSettings};
@@ -399,7 +399,13 @@ async fn follow_files(inner: Arc<Inner>) {
             _ = hangups.recv() => true,
         };
         if asked || inner.differs() {
-            inner.reload(if asked { "SIGHUP" } else { "file changed" });
+            service::reloading();
+            let taken = inner.reload(if asked { "SIGHUP" } else { "file changed" });
+            service::ready(if taken {
+                "serving"
+            } else {
+                "serving by the old configuration; the new one is wrong (see the log)"
+            });
         }
     }
 }

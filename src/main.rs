@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser, Subcommand};
 use strowger::cli;
-use strowger::control::config;
+use strowger::control::{config, service};
 use strowger::edge::{ConfigSource, Edge};
 use strowger::observe::{Format, init_logging};
 use strowger::protocols::Protocols;
@@ -216,10 +216,13 @@ async fn run(paths: Vec<PathBuf>, drain: Duration) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let edge = Edge::start(ConfigSource::Paths(paths), Protocols::standard()).await?;
     tracing::info!("ready; status page at http://{}/", edge.admin_address());
+    service::ready("serving");
+    let watchdog = tokio::spawn(service::keep_watchdog());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
+    service::stopping("no new sessions; waiting for those that exist");
     // The first signal drains, a second one ends it now.
     let hurry = CancellationToken::new();
     tokio::select! {
@@ -228,6 +231,7 @@ async fn run(paths: Vec<PathBuf>, drain: Duration) -> Result<()> {
         _ = interrupt.recv() => {}
     }
     edge.stop().await;
+    watchdog.abort();
     tracing::info!("ended");
     Ok(())
 }

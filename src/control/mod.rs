@@ -5,4 +5,5 @@ pub mod admin;
 pub mod config;
 pub mod probes;
 pub mod registry;
+pub mod service;
 pub mod watch;

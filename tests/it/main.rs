@@ -14,6 +14,7 @@ mod load;
 mod qos;
 mod registry;
 mod reload;
+mod service;
 mod sip;
 mod tcp;
 mod tcp_intake;

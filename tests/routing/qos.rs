@@ -10,7 +10,11 @@ use super::overload::{Crowd, MIX, Report, Service, run};
 
 const SERVICES: [Service; 3] = [Service::Fixed, Service::Exponential, Service::Bimodal];
 const LOADS: [f64; 6] = [0.5, 0.8, 0.95, 1.1, 1.5, 2.0];
+/// The constants of the prediction were chosen while looking at these seeds.
 const SEEDS: u64 = 3;
+
+/// Nothing was ever chosen by looking at these. Do not tune by them: take others to report if you did.
+const FRESH: std::ops::Range<u64> = 100..110;
 
 fn line(name: &str, load: f64, report: &Report) {
     let met: Vec<String> =
@@ -70,6 +74,63 @@ fn over_capacity_the_promise_is_kept_and_the_rest_hears_no_at_once() {
             let fifo = run(Crowd::new(Policy::Fifo, service, load, 0));
             line(&format!("fifo {service:?}"), load, &fifo);
             assert!(fifo.goodput() < 0.7, "FIFO was to collapse: {}", fifo.goodput());
+        }
+    }
+}
+
+/// The worst and the mean over the fresh seeds.
+struct Spread {
+    worst: f64,
+    mean: f64,
+}
+
+fn over_fresh(reports: &[Report], figure: impl Fn(&Report) -> f64) -> Spread {
+    let values: Vec<f64> = reports.iter().map(figure).collect();
+    let worst = values.iter().copied().fold(f64::INFINITY, f64::min);
+    Spread { worst, mean: values.iter().sum::<f64>() / values.len().max(1) as f64 }
+}
+
+/// The table of docs/qos.md: `cargo test --test routing fresh_seeds -- --nocapture`. It fails on
+/// what holds with a margin only; the rest is there to be read.
+#[test]
+fn fresh_seeds_say_what_was_not_fitted() {
+    println!(
+        "service | backends | load | tier 0 worst | mean | goodput worst | mean | met by class"
+    );
+    let every = SERVICES.into_iter().flat_map(|service| [(service, 1), (service, 2)]);
+    for (service, backends) in every {
+        // Two backends differ from one in overload only.
+        for load in LOADS.into_iter().filter(|load| backends == 1 || *load > 1.0) {
+            let crowd =
+                |seed| Crowd { backends, ..Crowd::new(Policy::Deadline, service, load, seed) };
+            let reports: Vec<Report> = FRESH.map(|seed| run(crowd(seed))).collect();
+            let (high, goodput) =
+                (over_fresh(&reports, tier_0), over_fresh(&reports, Report::goodput));
+            let met = MIX.map(|(class, _)| over_fresh(&reports, |report| report.met(Some(class))));
+            let wasted = -over_fresh(&reports, |report| -report.wasted()).worst;
+            let refusal = -over_fresh(&reports, |report| -report.median_refusal()).worst;
+            let by_class: Vec<String> =
+                met.iter().map(|spread| format!("{:.3}", spread.mean)).collect();
+            println!(
+                "| {service:?} | {backends} | {load} | {:.4} | {:.4} | {:.3} | {:.3} | {} | {wasted:.4} |",
+                high.worst,
+                high.mean,
+                goodput.worst,
+                goodput.mean,
+                by_class.join(" | "),
+            );
+            let at = format!("{service:?}, {backends} backends, {load}");
+            // At 0.95 bulk misses the bar with bimodal times on one seed in ten.
+            let all = met.iter().map(|spread| spread.worst).fold(1.0, f64::min);
+            assert!(load > 0.9 || all >= 0.999, "{at}: met {all}");
+            assert!(refusal <= 5.0, "{at}: median refusal after {refusal} ms");
+            assert!(load < 1.0 || goodput.mean >= 0.95, "{at}: goodput {}", goodput.mean);
+            // At 2.0 times capacity with bimodal times the promise is not kept on every seed.
+            if service != Service::Bimodal || load < 2.0 {
+                assert!(high.worst >= 0.999, "{at}: tier 0 {}", high.worst);
+            }
+            // A hundredth of long services started in vain is more with bimodal times.
+            assert!(service == Service::Bimodal || wasted <= 0.01, "{at}: wasted {wasted}");
         }
     }
 }

@@ -44,7 +44,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         unit: "call",
         protocol: Protocol::Sip,
         load: &["--timeout", "4s"],
-        equal_rate: 1_500,
+        equal_rate: 3_000,
         capacity_from: 1_500,
         peers: &[
             STATEFUL,

@@ -29,10 +29,6 @@ use crate::runtime::{BindFailure, Fleet};
 /// How often the core's own time goes on: expiries, the ends of drains and ejections.
 const TICK: Duration = Duration::from_millis(100);
 
-/// The spaces of all protocols' session names, for look-ups by name.
-const SESSION_SPACES: [u8; 4] =
-    [strowger_sip::SPACE, strowger_sip::SPACE + 1, strowger_diameter::SPACE, strowger_tcp::SPACE];
-
 /// Where a configuration comes from.
 #[derive(Clone, Debug)]
 pub enum ConfigSource {
@@ -332,18 +328,7 @@ fn load(
         }
         (None, ConfigSource::Paths(paths)) => config::read_sources(paths)?,
     };
-    let configurers = protocols.configurers();
-    let loaded = config::load(&sources, &configurers, names)?;
-    if loaded.watch.is_empty() {
-        return Ok(loaded);
-    }
-    let mut all = sources;
-    all.extend(config::read_sources(&existing(&loaded.watch))?);
-    config::load(&all, &configurers, names)
-}
-
-fn existing(paths: &[PathBuf]) -> Vec<PathBuf> {
-    paths.iter().filter(|path| path.exists()).cloned().collect()
+    config::load_watching(sources, &protocols.configurers(), names)
 }
 
 /// Certificates, keys, authorities and OCSP answers that changed. They are few and small, and a
@@ -386,14 +371,25 @@ fn told(event: &CoreEvent) -> Event {
 /// SIGHUP and changed files.
 async fn follow_files(inner: Arc<Inner>) {
     let ConfigSource::Paths(paths) = &inner.source else { return };
-    let mut watched = paths.clone();
-    watched.extend(inner.active().loaded.watch.clone());
-    let mut changes = watch::Watch::new(&watched);
+    let wanted = |inner: &Inner| {
+        let mut wanted = paths.clone();
+        wanted.extend(inner.active().loaded.watch.clone());
+        // A folder that is made later is another thing to watch than one that is not there.
+        let there: Vec<bool> = wanted.iter().map(|path| path.exists()).collect();
+        (wanted, there)
+    };
+    let mut watched = wanted(&inner);
+    let mut changes = watch::Watch::new(&watched.0);
     let Ok(mut hangups) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())
     else {
         return;
     };
     loop {
+        let now = wanted(&inner);
+        if now != watched {
+            changes = watch::Watch::new(&now.0);
+            watched = now;
+        }
         let asked = tokio::select! {
             () = changes.changed() => false,
             _ = hangups.recv() => true,
@@ -427,7 +423,7 @@ impl Inner {
     fn differs(&self) -> bool {
         let ConfigSource::Paths(paths) = &self.source else { return false };
         let mut paths = paths.clone();
-        paths.extend(existing(&self.active().loaded.watch));
+        paths.extend(config::existing(&self.active().loaded.watch));
         match config::read_sources(&paths) {
             Ok(sources) => sources != *self.seen(),
             Err(_) => true,
@@ -453,7 +449,7 @@ impl Inner {
         self.refresh_certificates();
         if let ConfigSource::Paths(paths) = &self.source {
             let mut paths = paths.clone();
-            paths.extend(existing(&self.active().loaded.watch));
+            paths.extend(config::existing(&self.active().loaded.watch));
             if let Ok(sources) = config::read_sources(&paths) {
                 *self.seen() = sources;
             }
@@ -634,7 +630,8 @@ impl AdminBackend for Inner {
         self.active().loaded.admin.permissions.clone()
     }
 
-    fn session_spaces(&self) -> &'static [u8] {
-        &SESSION_SPACES
+    fn session_spaces(&self) -> Vec<u8> {
+        let protocols = self.protocols.configurers();
+        protocols.iter().flat_map(|protocol| protocol.session_spaces()).copied().collect()
     }
 }

@@ -239,7 +239,8 @@ async fn run(paths: Vec<PathBuf>, drain: Duration) -> Result<()> {
 fn load(paths: &[PathBuf]) -> Result<config::Loaded, config::ConfigErrors> {
     let protocols = Protocols::standard();
     let sources = config::read_sources(paths)?;
-    config::load(&sources, &protocols.configurers(), &strowger::routing::PoolNames::default())
+    let names = strowger::routing::PoolNames::default();
+    config::load_watching(sources, &protocols.configurers(), &names)
 }
 
 fn check(paths: &[PathBuf]) -> ExitCode {

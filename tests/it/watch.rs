@@ -77,6 +77,39 @@ fn a_swapped_data_link() {
     edge.until("the new one", |edge| count(edge, "ims") == 2);
 }
 
+/// A folder that a reload says to watch is watched from then on, also when it is made only later; and
+/// what `check` judges is what `run` would take.
+#[test]
+fn a_folder_that_is_watched_later() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let pools = folder.path().join("pools.d");
+    let (port, a, b) = (free_port(), free_port(), free_port());
+    let edge = Edge::start(&yaml(port, &[a], ""));
+    edge.write_config(&yaml(port, &[a], &format!("watch: [ \"{}\" ]\n", pools.display())));
+    edge.until("the reload", |edge| edge.log().contains("file changed; epoch"));
+    fs::create_dir(&pools).expect("made");
+    // Somebody tells it to look: from here on it watches.
+    edge.process.hang_up();
+    edge.until("the signal", |edge| edge.log().contains("SIGHUP; epoch"));
+    let text = format!(
+        "pools: {{ more: {{ backends: [ {{ id: m, address: \"udp://127.0.0.1:{b}\" }} ] }} }}\n"
+    );
+    fs::write(pools.join("more.yaml"), &text).expect("written");
+    edge.until("the new pool", |edge| count(edge, "more") == 1);
+    let check = || {
+        Command::new(env!("CARGO_BIN_EXE_strowger"))
+            .arg("check")
+            .arg(edge.config_file())
+            .output()
+            .expect("it runs")
+    };
+    assert!(check().status.success());
+    fs::write(pools.join("more.yaml"), text.replace("backends", "bakends")).expect("written");
+    let output = check();
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && told.contains("did you mean `backends`?"), "{told}");
+}
+
 /// `watch:` names folders that other tools drop pools into.
 #[test]
 fn files_come_to_a_watched_folder_and_go() {

@@ -67,6 +67,7 @@ impl Protocol for Line {
     const LINKS: Links = Links::PerWorker;
     const PROBES: &'static [&'static str] = &["line-ping"];
     const SESSION_KEYS: &'static [&'static str] = &["word"];
+    const SESSION_SPACES: &'static [u8] = &[SPACE];
 
     type Options = LineOptions;
     type Match = LineMatch;

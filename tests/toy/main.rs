@@ -5,7 +5,7 @@
 
 mod line;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -137,11 +137,17 @@ fn with_edge(yaml: &str, work: impl FnOnce(&Edge) + Send) {
     runtime.block_on(edge.stop());
 }
 
-fn metric(edge: &Edge, name: &str) -> f64 {
+fn get(edge: &Edge, path: &str) -> String {
     let mut stream = TcpStream::connect(edge.admin_address()).expect("the admin server");
-    write!(stream, "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("asked");
-    let lines = BufReader::new(stream).lines().map_while(Result::ok);
-    let found = lines.filter(|line| line.starts_with(name));
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").expect("asked");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    answer
+}
+
+fn metric(edge: &Edge, name: &str) -> f64 {
+    let text = get(edge, "/metrics");
+    let found = text.lines().filter(|line| line.starts_with(name));
     found.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
@@ -171,6 +177,10 @@ fn a_session_stays_on_its_instance_and_fails_over_when_it_is_silent() {
         for (index, answer) in first.iter().enumerate() {
             assert_eq!(other.ask(&format!("s{index} hello")), *answer);
         }
+        // Where a session lives is told for this protocol as for any other.
+        let home = if first[7].contains(" one ") { "i0" } else { "i1" };
+        let told = get(edge, "/api/v1/sessions?key=s7");
+        assert!(told.contains(&format!("\"{home}\"")), "{told}");
         // One falls silent: its sessions' lines are answered by the other all the same.
         one.mute.store(true, Ordering::Relaxed);
         for index in 0..40 {

@@ -125,6 +125,10 @@ pub trait Protocol: Send + Sync + 'static {
     /// colon takes a name behind it (`header:X-Tenant`).
     const SESSION_KEYS: &'static [&'static str];
 
+    /// The spaces of its session names ([`crate::Keyer::session`]), so that operators can ask where a
+    /// session lives by its name. Numbers below 128 are the standard protocols'.
+    const SESSION_SPACES: &'static [u8] = &[];
+
     /// What a pool's `bind_keys` may name; empty if the protocol knows no subscribers.
     const BIND_KEYS: &'static [&'static str] = &[];
 

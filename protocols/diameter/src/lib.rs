@@ -67,6 +67,7 @@ impl Protocol for Diameter {
     const PROBES: &'static [&'static str] = &[];
     const BIND_KEYS: &'static [&'static str] =
         &["imsi", "imsi-apn", "msisdn", "framed-ip", "framed-ipv6-prefix"];
+    const SESSION_SPACES: &'static [u8] = &[SPACE];
     const SESSION_KEYS: &'static [&'static str] = &["session-id"];
     const TRACE_KEYS: &'static [&'static str] = trace::KEYS;
 

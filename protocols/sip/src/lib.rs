@@ -70,6 +70,7 @@ impl Protocol for Sip {
     const TRANSPORTS: &'static [Transport] = &[Transport::Udp, Transport::Tcp, Transport::Tls];
     const LINKS: Links = Links::PerWorker;
     const PROBES: &'static [&'static str] = &["sip-options"];
+    const SESSION_SPACES: &'static [u8] = &[SPACE, SPACE + 1];
     const SESSION_KEYS: &'static [&'static str] = &[
         "call-id",
         "from",

@@ -27,6 +27,7 @@ impl Protocol for Tcp {
     const LINKS: Links = Links::None;
     /// `tcp-connect` is the control side's own: it has no words to say.
     const PROBES: &'static [&'static str] = &[];
+    const SESSION_SPACES: &'static [u8] = &[SPACE];
     const SESSION_KEYS: &'static [&'static str] = &["source-ip", "source", "source-ip-port", "sni"];
 
     type Options = TcpOptions;

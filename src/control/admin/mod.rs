@@ -74,7 +74,7 @@ pub trait AdminBackend: Send + Sync {
     /// Tokens with rights.
     fn permissions(&self) -> Vec<Permission>;
     /// The session spaces of all protocols' names: a name may be looked for in each.
-    fn session_spaces(&self) -> &'static [u8];
+    fn session_spaces(&self) -> Vec<u8>;
 }
 
 /// Requests at a time: an admin API has few clients, and a slow one must not cost the others.

@@ -24,6 +24,8 @@ pub trait Configure: Send + Sync {
     fn probes(&self) -> &'static [&'static str];
     /// Its session keys, the default first.
     fn session_keys(&self) -> &'static [&'static str];
+    /// The spaces of its session names.
+    fn session_spaces(&self) -> &'static [u8];
     /// The names that it knows subscribers by.
     fn bind_keys(&self) -> &'static [&'static str];
     /// Makes a listener's setup.
@@ -87,6 +89,10 @@ impl<P: Protocol> Configure for Configurer<P> {
 
     fn session_keys(&self) -> &'static [&'static str] {
         P::SESSION_KEYS
+    }
+
+    fn session_spaces(&self) -> &'static [u8] {
+        P::SESSION_SPACES
     }
 
     fn bind_keys(&self) -> &'static [&'static str] {

@@ -159,6 +159,31 @@ fn file_error(path: &Path, message: &str) -> ConfigError {
     }
 }
 
+/// Turns sources into a wanted state, together with the files of the folders that they say to
+/// watch. What `run` takes and what `check` judges is read by this.
+///
+/// # Errors
+/// All that is wrong, over all sources.
+pub fn load_watching(
+    sources: Vec<Source>,
+    protocols: &[&dyn Configure],
+    names: &PoolNames,
+) -> Result<Loaded, ConfigErrors> {
+    let loaded = load(&sources, protocols, names)?;
+    if loaded.watch.is_empty() {
+        return Ok(loaded);
+    }
+    let mut all = sources;
+    all.extend(read_sources(&existing(&loaded.watch))?);
+    load(&all, protocols, names)
+}
+
+/// Those that are there: a folder to watch may come later.
+#[must_use]
+pub fn existing(paths: &[PathBuf]) -> Vec<PathBuf> {
+    paths.iter().filter(|path| path.exists()).cloned().collect()
+}
+
 /// Turns sources into a wanted state.
 ///
 /// # Errors

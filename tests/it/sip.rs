@@ -2,6 +2,7 @@
 
 mod phone;
 mod scenarios;
+mod secure;
 mod trace;
 
 use std::fs;

@@ -79,6 +79,7 @@ impl SipEngine {
             backend: leg.backend,
             pin: leg.pin,
             transport: Transport::Udp,
+            flow: None,
             address: leg.address,
         };
         leg.state = LegState::Ended;

@@ -41,6 +41,7 @@ impl SipEngine {
             return;
         }
         let origin = Origin {
+            client: transaction.client,
             source: transaction.source,
             transport: transaction.transport,
             local: transaction.local,

@@ -15,7 +15,7 @@ use crate::pace::Excluded;
 use crate::respond::Answer;
 use crate::scan::{Scan, Start};
 use crate::send::{Origin, forward};
-use crate::target::{Hop, Target, target};
+use crate::target::{ClientFlow, Hop, Target, target};
 use crate::transaction::{Cancel, LEGS_MAX, Leg, LegState};
 
 /// Where a leg goes.
@@ -25,6 +25,8 @@ pub(crate) struct NextHop {
     pub(crate) pin: Option<Pin>,
     pub(crate) transport: Transport,
     pub(crate) address: SocketAddr,
+    /// The connection that it goes back over.
+    pub(crate) flow: Option<ClientFlow>,
 }
 
 impl NextHop {
@@ -34,10 +36,31 @@ impl NextHop {
             pin: Some(route.pin),
             transport: route.transport,
             address: route.address,
+            flow: None,
+        }
+    }
+
+    /// What no pool is asked for: an address, or a client's connection.
+    pub(crate) fn direct(hop: Hop) -> Option<Self> {
+        match hop {
+            Hop::Address { transport, address, pin } => {
+                Some(Self { backend: None, pin, transport, address, flow: None })
+            }
+            Hop::Flow { client, address, pin } => Some(Self {
+                backend: None,
+                pin,
+                transport: client.transport,
+                address,
+                flow: Some(client),
+            }),
+            Hop::Backend { .. } | Hop::Nowhere(..) => None,
         }
     }
 
     pub(crate) fn endpoint(&self, settings: &Settings) -> Option<Endpoint> {
+        if let Some(client) = self.flow {
+            return Some(Endpoint::Client(client.flow));
+        }
         match self.backend {
             Some(backend) if self.transport.is_stream() => Some(Endpoint::Backend(backend)),
             _ => settings.endpoint(self.transport, self.address),
@@ -74,10 +97,11 @@ impl SipEngine {
                     return Ok(());
                 }
             },
-            Hop::Address { transport, address, pin } => {
-                NextHop { backend: None, pin, transport, address }
-            }
             Hop::Nowhere(code, reason) => return Err((Answer::new(code, reason), None)),
+            direct => match NextHop::direct(direct) {
+                Some(hop) => hop,
+                None => return Err((Answer::new(500, "No Next Hop"), None)),
+            },
         };
         self.send_leg(now, slot, request, scan, wanted, hop, false, router, out)
     }
@@ -170,6 +194,7 @@ impl SipEngine {
         let attempt = transaction.legs.len() as u8 + 1;
         let breadth = transaction.breadth;
         let origin = Origin {
+            client: transaction.client,
             source: transaction.source,
             transport: transaction.transport,
             local: transaction.local,

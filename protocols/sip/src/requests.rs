@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use strowger_contract::{
     AttemptOutcome, ClassId, Endpoint, Message, Note, Outbox, Refusal, RequestOutcome, Router,
+    WorkerId,
 };
 
 use crate::branch::Branch;
@@ -91,11 +92,7 @@ impl SipEngine {
         if self.settings.is_stateless() {
             return self.forward_stateless(now, incoming, &target, class, router, out);
         }
-        if let Some(keeper) = target.keeper
-            && self.settings.options.cdr
-            && keeper != self.settings.worker
-            && keeper.0 < self.settings.workers
-        {
+        if let Some(keeper) = self.kept_elsewhere(&target) {
             return out.hand_over(keeper, &incoming.message);
         }
         if self.transactions.len() >= self.settings.options.max_transactions as usize {
@@ -329,7 +326,28 @@ impl SipEngine {
             return out.note(Note::Count("sip_acks_absorbed"));
         }
         let target = self.target_of(incoming, router);
+        if let Some(keeper) = self.kept_elsewhere(&target) {
+            // Of a re-INVITE that went there, too.
+            return out.hand_over(keeper, &incoming.message);
+        }
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
+    }
+
+    /// The worker that keeps the record of a request's call, if it is another one.
+    fn kept_elsewhere(&self, target: &Target<'_>) -> Option<WorkerId> {
+        let known =
+            |keeper: &WorkerId| *keeper != self.settings.worker && keeper.0 < self.settings.workers;
+        let keeps = self.settings.options.cdr && !self.settings.is_stateless();
+        target.keeper.filter(known).filter(|_| keeps)
+    }
+
+    /// The worker that may have the INVITE of a CANCEL that came over a connection: 9.1 names a
+    /// transaction by branch and sent-by, not by connection. Each worker is asked once, in a ring that
+    /// ends where the connection is.
+    fn next_to_ask(&self, incoming: &Incoming<'_>) -> Option<WorkerId> {
+        let Endpoint::Client(flow) = incoming.message.from else { return None };
+        let next = WorkerId((self.settings.worker.0 + 1) % self.settings.workers.max(1));
+        (next != flow.worker()).then_some(next)
     }
 
     /// RFC 3261 16.10.
@@ -345,6 +363,14 @@ impl SipEngine {
             return self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
         }
         let Some(slot) = self.transactions.by_key(incoming.key) else {
+            let keeper = self.kept_elsewhere(&self.target_of(incoming, router));
+            let asked = match incoming.message.from {
+                Endpoint::Client(_) => self.next_to_ask(incoming),
+                _ => keeper,
+            };
+            if let Some(next) = asked {
+                return out.hand_over(next, &incoming.message);
+            }
             return reply(incoming, &Answer::new(481, "Call/Transaction Does Not Exist"), out);
         };
         reply(incoming, &Answer::new(200, "OK"), out);

@@ -1,6 +1,6 @@
 //! A request as it goes to its next hop.
 
-use strowger_contract::{Router, Transport};
+use strowger_contract::{Endpoint, Router, Transport};
 
 use crate::access::any;
 use crate::branch::Branch;
@@ -9,12 +9,13 @@ use crate::method::Method;
 use crate::place::NextHop;
 use crate::rules::{Facts, edit};
 use crate::scan::{Name, Scan};
-use crate::target::{MARK_BACKEND, Target, dialog_binding};
+use crate::target::{ClientFlow, MARK_BACKEND, Target, dialog_binding};
 use crate::uri::tag;
 use crate::write::Forward;
 
 /// Where a request came from.
 pub(crate) struct Origin {
+    pub(crate) client: Endpoint,
     pub(crate) source: std::net::SocketAddr,
     pub(crate) transport: Transport,
     pub(crate) local: std::net::SocketAddr,
@@ -45,13 +46,20 @@ pub(crate) fn forward(
     let wanted = settings.options.record_route && origin.method.is_record_routed();
     let from_tag = scan.value(request, Name::From).and_then(tag).unwrap_or_default();
     let to_tag = scan.value(request, Name::To).and_then(tag);
+    let flow = match hop.flow {
+        None if wanted && hop.backend.is_some() => {
+            ClientFlow::of(origin.client, origin.transport, origin.source, request, scan)
+        }
+        known => known,
+    };
     let token = hop.pin.filter(|_| wanted).map(|pin| {
         // In a dialog the side that began it may be the one that now answers.
         let from_backend = hop.backend.is_none();
         let by_initiator = to_tag.is_none() || from_backend == target.begun_by_backend;
         let initiator = if by_initiator { from_tag } else { to_tag.unwrap_or_default() };
         let mark = if target.begun_by_backend { MARK_BACKEND } else { 0 };
-        router.seal(pin, mark, dialog_binding(call_id, initiator))
+        let binding = dialog_binding(call_id ^ ClientFlow::binding(flow), initiator);
+        router.seal(pin, mark, binding)
     });
     let side = |socket: u16| (local.transport(socket), local.text(socket));
     let other = (receiving != facing).then(|| side(receiving));
@@ -64,6 +72,7 @@ pub(crate) fn forward(
         branch,
         call_id,
         record_route: token,
+        flow,
         sides: [Some(side(facing)), other],
         source: origin.source,
         pop_routes: target.pop_routes,

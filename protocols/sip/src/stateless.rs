@@ -62,13 +62,14 @@ impl SipEngine {
                     }
                 }
             }
-            Hop::Address { transport, address, pin } => {
-                NextHop { backend: None, pin, transport, address }
-            }
             Hop::Nowhere(..) if one_way => return out.drop_message("ack_to_nowhere"),
             Hop::Nowhere(code, reason) => {
                 return self.refuse(now, incoming, class, &Answer::new(code, reason), out);
             }
+            direct => match NextHop::direct(direct) {
+                Some(hop) => hop,
+                None => return out.drop_message("no_next_hop"),
+            },
         };
         let Some(to) = hop.endpoint(&self.settings) else { return out.drop_message("no_socket") };
         // The same for each retransmission, and for an INVITE's CANCEL and ACK (16.11).
@@ -83,6 +84,7 @@ impl SipEngine {
             pin: hop.pin.filter(|_| hop.backend.is_some()),
         };
         let origin = Origin {
+            client: message.from,
             source: message.remote,
             transport: message.transport,
             local: message.local,

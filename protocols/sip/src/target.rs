@@ -3,7 +3,9 @@
 
 use std::net::SocketAddr;
 
-use strowger_contract::{Endpoint, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash};
+use strowger_contract::{
+    Endpoint, FlowId, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash,
+};
 
 use crate::engine::Settings;
 use crate::options::Matched;
@@ -37,8 +39,75 @@ pub(crate) enum Hop {
     /// An address: the client's side of a dialog, or what a backend wants reached. `pin` is the
     /// instance whose dialog it is.
     Address { transport: Transport, address: SocketAddr, pin: Option<Pin> },
+    /// The connection of the client's side of a dialog, as our Record-Route named it; `address` is
+    /// what its Contact says.
+    Flow { client: ClientFlow, address: SocketAddr, pin: Option<Pin> },
     /// There is none.
     Nowhere(u16, &'static str),
+}
+
+/// A client's connection that its dialogs' requests go back over: one that cannot be dialed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ClientFlow {
+    pub(crate) flow: FlowId,
+    pub(crate) transport: Transport,
+}
+
+impl ClientFlow {
+    /// The connection that a request came over, if the client is not to be reached otherwise: a TLS
+    /// or WebSocket client has no address to dial, and a TCP client whose Contact names the
+    /// connection itself listens nowhere (RFC 5626 5.3).
+    pub(crate) fn of(
+        from: Endpoint,
+        transport: Transport,
+        source: SocketAddr,
+        request: &[u8],
+        scan: &Scan,
+    ) -> Option<Self> {
+        let Endpoint::Client(flow) = from else { return None };
+        let only_way = transport != Transport::Tcp
+            || scan
+                .value(request, Name::Contact)
+                .and_then(route_uri)
+                .and_then(Uri::parse)
+                .and_then(|uri| uri.address())
+                .is_some_and(|contact| contact == source);
+        only_way.then_some(Self { flow, transport })
+    }
+
+    /// As the parameter `sf` of our Record-Route has it: a letter and 16 hex digits.
+    pub(crate) fn write(self, out: &mut Vec<u8>) {
+        out.push(match self.transport {
+            Transport::Tls => b's',
+            Transport::Ws => b'w',
+            Transport::Wss => b'x',
+            Transport::Udp | Transport::Tcp | Transport::Unix => b't',
+        });
+        let bits = self.flow.to_bits();
+        crate::branch::hex((bits >> 32) as u32, 8, out);
+        crate::branch::hex(bits as u32, 8, out);
+    }
+
+    fn read(route: &Uri<'_>) -> Option<Self> {
+        let (kind, digits) = route.parameter(b"sf").flatten()?.split_first()?;
+        let transport = match kind {
+            b's' => Transport::Tls,
+            b'w' => Transport::Ws,
+            b'x' => Transport::Wss,
+            b't' => Transport::Tcp,
+            _ => return None,
+        };
+        let digits = std::str::from_utf8(digits).ok().filter(|digits| digits.len() == 16)?;
+        let bits = u64::from_str_radix(digits, 16).ok()?;
+        Some(Self { flow: FlowId::from_bits(bits), transport })
+    }
+
+    /// What binds a token to it, so that nobody can put another's connection in its place.
+    pub(crate) fn binding(flow: Option<Self>) -> u64 {
+        flow.map_or(0, |flow| {
+            stable_hash(&flow.flow.to_bits().to_be_bytes()).rotate_left(flow.transport as u32)
+        })
+    }
 }
 
 /// What binds a token to a dialog: its Call-ID and the tag of the side that began it.
@@ -79,12 +148,14 @@ pub(crate) fn target<'a>(
     };
     let mut token = None;
     // 16.4: a strict router before us put our Record-Route into the Request-URI.
-    let ours = |uri: &Uri<'_>| settings.local.is_ours(uri.host, uri.port);
+    let ours = |uri: &Uri<'_>| settings.local.is_ours(uri.host, Some(uri.port_or_default()));
+    let mut flow = None;
     let mut request_uri = uri;
     if parsed.is_some_and(|uri| ours(&uri) && uri.user.is_some_and(is_token_like))
         && let Some(last) = all_values(bytes, scan, Name::Route).last().and_then(route_uri)
     {
         token = parsed.and_then(|uri| uri.user);
+        flow = parsed.as_ref().and_then(ClientFlow::read);
         request_uri = last;
         target.uri = Some(last);
         target.drop_last_route = true;
@@ -95,7 +166,10 @@ pub(crate) fn target<'a>(
         let uri = route_uri(value);
         let parsed = uri.and_then(Uri::parse);
         if let Some(route) = parsed.filter(ours) {
-            token = token.or(route.user);
+            if token.is_none() {
+                token = route.user;
+                flow = ClientFlow::read(&route);
+            }
             target.keeper = target.keeper.or_else(|| keeper(&route));
             target.pop_routes += 1;
         } else {
@@ -103,7 +177,7 @@ pub(crate) fn target<'a>(
             break;
         }
     }
-    let side = token.and_then(|token| side(bytes, scan, token, call_id, router));
+    let side = token.and_then(|token| side(bytes, scan, token, flow, call_id, router));
     let source = source_backend(message, router);
     target.begun_by_backend = match &side {
         Some(side) => side.begun_by_backend,
@@ -150,8 +224,10 @@ pub(crate) fn target<'a>(
         };
         return target;
     }
+    // What the token did not vouch for is nobody's connection.
+    let flow = flow.filter(|_| side.is_some());
     let pin = side.map(|side| side.pin).or(source);
-    towards_address(settings, &mut target, next, request_uri, pin, chosen);
+    towards_address(settings, &mut target, next, request_uri, pin, flow, chosen);
     target
 }
 
@@ -162,6 +238,7 @@ fn towards_address<'a>(
     next: Option<&'a [u8]>,
     request_uri: &'a [u8],
     pin: Option<Pin>,
+    flow: Option<ClientFlow>,
     pool: Option<PoolId>,
 ) {
     let hop = next.unwrap_or(request_uri);
@@ -175,13 +252,20 @@ fn towards_address<'a>(
         target.uri = Some(hop);
         target.pop_routes += 1;
     }
+    if let Some(client) = flow {
+        // The neighbour that this dialog came from is at the other end of its connection, whatever
+        // its Contact says.
+        let address = uri.address().unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)));
+        target.hop = Hop::Flow { client, address, pin };
+        return;
+    }
     let transport = uri.transport();
     target.hop = match uri.address() {
-        _ if settings.local.is_ours(uri.host, uri.port) => match pool {
+        _ if settings.local.is_ours(uri.host, Some(uri.port_or_default())) => match pool {
             Some(pool) => Hop::Backend { pool, pin: None, in_session: false },
             None => Hop::Nowhere(404, "No Route For This Request"),
         },
-        Some(address) if matches!(transport, Transport::Udp | Transport::Tcp) => {
+        Some(address) if matches!(transport, Transport::Udp | Transport::Tcp | Transport::Tls) => {
             Hop::Address { transport, address, pin }
         }
         Some(_) => Hop::Nowhere(500, "Transport Of The Next Hop Not Supported"),
@@ -205,9 +289,11 @@ fn side(
     message: &[u8],
     scan: &Scan,
     token: &[u8],
+    flow: Option<ClientFlow>,
     call_id: u64,
     router: &dyn Router,
 ) -> Option<Side> {
+    let call_id = call_id ^ ClientFlow::binding(flow);
     let tag_of = |name| scan.value(message, name).and_then(tag);
     let from = tag_of(Name::From).unwrap_or_default();
     let (pin, mark, by_initiator) = match router.unseal(token, dialog_binding(call_id, from)) {

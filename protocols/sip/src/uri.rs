@@ -69,8 +69,14 @@ impl<'a> Uri<'a> {
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
         let host = self.parameter(b"maddr").flatten().unwrap_or(self.host);
-        let default = if self.secure { 5061 } else { 5060 };
-        Some((parse_ip(host)?, self.port.unwrap_or(default)).into())
+        Some((parse_ip(host)?, self.port_or_default()).into())
+    }
+
+    /// Its port, else that of its transport (RFC 3261 19.1.2).
+    #[must_use]
+    pub fn port_or_default(&self) -> u16 {
+        let default = if self.transport() == Transport::Tls { 5061 } else { 5060 };
+        self.port.unwrap_or(default)
     }
 }
 

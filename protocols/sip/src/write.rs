@@ -8,6 +8,7 @@ use strowger_contract::{Router, Token, Transport, WorkerId};
 use crate::branch::{Branch, decimal, hex};
 use crate::local::via_word;
 use crate::scan::{Header, Name, Scan, Span, Start};
+use crate::target::ClientFlow;
 use crate::uri::{name_addr, parameter};
 use crate::via::{Via, end_of_value};
 
@@ -27,6 +28,8 @@ pub(crate) struct Forward<'a> {
     pub(crate) call_id: u64,
     /// Our Record-Route: the next hop's side first, then the side it came from if that differs.
     pub(crate) record_route: Option<Token>,
+    /// The client's connection, that the dialog's requests go back over.
+    pub(crate) flow: Option<ClientFlow>,
     pub(crate) sides: [Option<(Transport, &'a [u8])>; 2],
     /// Where it came from, for the sender's Via.
     pub(crate) source: SocketAddr,
@@ -55,7 +58,7 @@ impl Forward<'_> {
         out.extend_from_slice(b"\r\n");
         if let Some(token) = self.record_route {
             for (transport, text) in self.sides.iter().flatten() {
-                record_route(&token, *transport, text, self.worker, out);
+                self.record_route_of(&token, *transport, text, out);
             }
         }
         if let Some(breadth) = self.breadth {
@@ -64,6 +67,31 @@ impl Forward<'_> {
             out.extend_from_slice(b"\r\n");
         }
         self.headers(out);
+    }
+
+    fn record_route_of(&self, token: &Token, transport: Transport, text: &[u8], out: &mut Vec<u8>) {
+        // RFC 3261 16.6 step 4: what is asked for by sips: is recorded by sips:, where it holds.
+        let secure = transport == Transport::Tls
+            && matches!(self.scan.start, Start::Request { uri, .. }
+                if uri.of(self.message).get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"sips:")));
+        out.extend_from_slice(b"Record-Route: <");
+        out.extend_from_slice(if secure { b"sips:" } else { b"sip:" });
+        out.extend_from_slice(token);
+        out.push(b'@');
+        out.extend_from_slice(text);
+        if transport != Transport::Udp && !secure {
+            out.extend_from_slice(b";transport=");
+            out.extend_from_slice(transport.scheme().as_bytes());
+        }
+        if let Some(worker) = self.worker {
+            out.extend_from_slice(b";sw=");
+            hex(u32::from(worker.0), 2, out);
+        }
+        if let Some(flow) = self.flow {
+            out.extend_from_slice(b";sf=");
+            flow.write(out);
+        }
+        out.extend_from_slice(b";lr>\r\n");
     }
 
     fn start_line(&self, out: &mut Vec<u8>) {
@@ -158,28 +186,6 @@ impl Forward<'_> {
             out.extend_from_slice(b"\r\n");
         }
     }
-}
-
-fn record_route(
-    token: &Token,
-    transport: Transport,
-    text: &[u8],
-    worker: Option<WorkerId>,
-    out: &mut Vec<u8>,
-) {
-    out.extend_from_slice(b"Record-Route: <sip:");
-    out.extend_from_slice(token);
-    out.push(b'@');
-    out.extend_from_slice(text);
-    if transport != Transport::Udp {
-        out.extend_from_slice(b";transport=");
-        out.extend_from_slice(transport.scheme().as_bytes());
-    }
-    if let Some(worker) = worker {
-        out.extend_from_slice(b";sw=");
-        hex(u32::from(worker.0), 2, out);
-    }
-    out.extend_from_slice(b";lr>\r\n");
 }
 
 /// Appends a request's first Via header with what RFC 3261 18.2.1 and RFC 3581 4 add to its first

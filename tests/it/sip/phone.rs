@@ -192,6 +192,17 @@ impl Client {
         }
     }
 
+    /// The first final answer to a request of this method.
+    pub(crate) fn receive_answer_to(&mut self, method: &str, limit: Duration) -> Option<String> {
+        let end = Instant::now() + limit;
+        loop {
+            let message = self.final_answer(end.saturating_duration_since(Instant::now()))?;
+            if headers(&message, "CSeq", "").iter().any(|number| number.ends_with(method)) {
+                return Some(message);
+            }
+        }
+    }
+
     /// A plain request of a new transaction, with a Call-ID of its own.
     pub(crate) fn request(&self, method: &str, uri: &str, from: &str, call: &str) -> String {
         let (local, via) = (self.local(), self.via());
@@ -202,7 +213,7 @@ impl Client {
 }
 
 /// The first whole message of a stream.
-fn cut(held: &mut Vec<u8>) -> Option<String> {
+pub(crate) fn cut(held: &mut Vec<u8>) -> Option<String> {
     while held.starts_with(b"\r\n") {
         held.drain(..2);
     }

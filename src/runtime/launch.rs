@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::datagram::{BATCH, DatagramPort, Sent};
-use super::host::Host;
+use super::host::{Begun, Host};
 use super::link::keep_links;
 use super::mailbox::Letters;
 use super::shared::{NodeEvent, Shared};
@@ -143,6 +143,7 @@ impl<P: Protocol> RunningListener for Running<P> {
 
     fn stop(&self) {
         self.host.stop.cancel();
+        self.host.kick_all();
     }
 }
 
@@ -323,12 +324,8 @@ async fn accept_unix<P: Protocol>(host: Rc<Host<P>>, listener: UnixListener, loc
                 let Some(place) = place(&host) else { continue };
                 let number = host.shared.unix_clients.fetch_add(1, Ordering::Relaxed);
                 let taken = super::intake::take_in_unix(stream, number, local);
-                let host = Rc::clone(&host);
-                tokio::task::spawn_local(async move {
-                    let _alarm = host.alarm();
-                    host.serve(taken, Transport::Unix).await;
-                    drop(place);
-                });
+                let owner = Rc::clone(&host);
+                serve(&host, place, async move { owner.begin(taken, Transport::Unix).await });
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -364,13 +361,26 @@ fn take_in<P: Protocol>(
     transport: Transport,
 ) {
     let Some(place) = place(host) else { return };
+    let owner = Rc::clone(host);
+    serve(host, place, async move {
+        let taken = super::intake::take_in(&owner, stream, remote, transport).await?;
+        owner.begin(taken, transport).await
+    });
+}
+
+/// Serves a connection in a task of its own. All that comes before it is idle is in a box that goes
+/// when it is: a handshake's memory must not stay with the connection.
+fn serve<P: Protocol>(
+    host: &Rc<Host<P>>,
+    place: Taken,
+    begin: impl Future<Output = Option<Begun<P>>> + 'static,
+) {
     let host = Rc::clone(host);
+    let begin = Box::pin(async move { begin.await.map(Box::new) });
     tokio::task::spawn_local(async move {
         let _alarm = host.alarm();
-        // In a box of its own: a handshake's memory must not stay with the idle connection.
-        let taking = Box::pin(super::intake::take_in(&host, stream, remote, transport));
-        if let Some(taken) = taking.await {
-            host.serve(taken, transport).await;
+        if let Some(begun) = begin.await {
+            host.serve(begun).await;
         }
         drop(place);
     });

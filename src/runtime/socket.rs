@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use socket2::SockRef;
@@ -50,6 +51,45 @@ impl Stream {
             Self::Unix(stream) => stream.ready(interest).await,
             Self::Tls(stream) => stream.ready(interest).await,
         }
+    }
+
+    /// [`Stream::ready`] for a task that polls. It keeps no waiter's memory in the task; one task
+    /// may wait for each of reading and writing.
+    pub(crate) fn poll_ready(
+        &self,
+        context: &mut Context<'_>,
+        interest: Interest,
+    ) -> Poll<io::Result<()>> {
+        let tls = match self {
+            Self::Tls(stream) => Some(stream),
+            Self::Tcp(_) | Self::Unix(_) => None,
+        };
+        let (reads, mut writes) = (interest.is_readable(), interest.is_writable());
+        if let Some(stream) = tls {
+            let (unsent, text) = stream.look();
+            if reads && text {
+                return Poll::Ready(Ok(()));
+            }
+            writes |= unsent;
+        }
+        if reads {
+            let ready = match self {
+                Self::Tcp(stream) => stream.poll_read_ready(context),
+                Self::Unix(stream) => stream.poll_read_ready(context),
+                Self::Tls(stream) => stream.socket.poll_read_ready(context),
+            };
+            if ready.is_ready() {
+                return ready;
+            }
+        }
+        if writes {
+            return match self {
+                Self::Tcp(stream) => stream.poll_write_ready(context),
+                Self::Unix(stream) => stream.poll_write_ready(context),
+                Self::Tls(stream) => stream.socket.poll_write_ready(context),
+            };
+        }
+        Poll::Pending
     }
 
     /// Whether written bytes still wait here for the kernel.
@@ -188,17 +228,19 @@ impl TlsStream {
         Ok(taken)
     }
 
+    /// Whether bytes wait for the kernel, and whether text (or an error) waits for a reader.
+    fn look(&self) -> (bool, bool) {
+        let mut session = self.session.borrow_mut();
+        let text = match process(&mut session, &self.socket) {
+            Ok(()) => session.reader().into_first_chunk().is_ok(),
+            Err(_) => true,
+        };
+        (session.wants_write(), text)
+    }
+
     async fn ready(&self, interest: Interest) -> io::Result<Ready> {
         loop {
-            let (unsent, text) = {
-                let mut session = self.session.borrow_mut();
-                let state = process(&mut session, &self.socket);
-                let text = match &state {
-                    Ok(()) => session.reader().into_first_chunk().is_ok(),
-                    Err(_) => true,
-                };
-                (session.wants_write(), text)
-            };
+            let (unsent, text) = self.look();
             if interest.is_readable() && text {
                 return Ok(Ready::READABLE);
             }

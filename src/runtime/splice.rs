@@ -6,7 +6,9 @@
 //! its own sender and nobody else.
 
 use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use strowger_contract::outbox::SpliceLimits;
@@ -14,6 +16,7 @@ use strowger_contract::{
     BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, PeerFacts, Protocol,
 };
 use tokio::io::Interest;
+use tokio::time::{Sleep, sleep_until};
 
 use super::host::Host;
 use super::intake::keep_watch;
@@ -25,30 +28,29 @@ use crate::routing::SendProxy;
 /// Reads from one side before the other has its turn.
 const READS_PER_TURN: usize = 4;
 
-/// Serves a flow from its opening on: waits for the engine's wish, joins, relays.
-pub(crate) async fn serve<P: Protocol>(
+/// Waits for the engine's wish and joins the flow; `Err` if it ended before.
+pub(crate) async fn join<P: Protocol>(
     host: &Rc<Host<P>>,
     flow: FlowId,
     connection: &Rc<Connection>,
-    facts: PeerFacts,
+    facts: &PeerFacts,
     early: Vec<u8>,
-) -> CloseCause {
+) -> Result<Box<Relay<P>>, CloseCause> {
     loop {
         if let Some((backend, limits)) = connection.take_splice() {
-            match join(host, connection, backend, limits, &facts).await {
+            match dial(host, connection, backend, limits, facts).await {
                 Err(cause) => {
                     host.tell(Endpoint::Client(flow), PeerChange::JoinFailed(backend, cause));
                     continue;
                 }
                 Ok(stream) => {
                     host.tell(Endpoint::Client(flow), PeerChange::Joined(backend));
-                    drop(facts);
-                    return Relay::new(host, connection, stream, limits, early).run().await;
+                    return Ok(Relay::new(host, connection, stream, limits, early));
                 }
             }
         }
         if connection.is_closing() {
-            return connection.finish();
+            return Err(connection.finish());
         }
         tokio::select! {
             () = connection.kicked() => {}
@@ -57,14 +59,13 @@ pub(crate) async fn serve<P: Protocol>(
     }
 }
 
-async fn join<P: Protocol>(
+async fn dial<P: Protocol>(
     host: &Rc<Host<P>>,
     connection: &Rc<Connection>,
     backend: BackendId,
     limits: SpliceLimits,
     facts: &PeerFacts,
 ) -> Result<Stream, CloseCause> {
-    // In a box of its own: a handshake's memory must not stay with the idle flow.
     let mut connecting = Box::pin(open(host, backend, limits.connect));
     let stream = loop {
         tokio::select! {
@@ -111,69 +112,110 @@ impl Direction {
     }
 }
 
-struct Relay<'a, P: Protocol> {
-    host: &'a Rc<Host<P>>,
-    client: &'a Rc<Connection>,
+/// A joined flow. While it is idle this is all that it holds, and so there are no futures in it that
+/// a poll can do without, and one timer for all its limits.
+pub(crate) struct Relay<P: Protocol> {
+    host: Rc<Host<P>>,
+    client: Rc<Connection>,
     backend: Stream,
-    limits: SpliceLimits,
+    idle: Duration,
+    half_closed: Duration,
     up: Direction,
     down: Direction,
     last_moved: Instant,
-    began: Instant,
+    /// When the flow ends at the latest.
+    ends: Option<Instant>,
+    timer: Option<Pin<Box<Sleep>>>,
 }
 
-impl<'a, P: Protocol> Relay<'a, P> {
+impl<P: Protocol> Relay<P> {
     fn new(
-        host: &'a Rc<Host<P>>,
-        client: &'a Rc<Connection>,
+        host: &Rc<Host<P>>,
+        client: &Rc<Connection>,
         backend: Stream,
         limits: SpliceLimits,
         early: Vec<u8>,
-    ) -> Self {
-        let up = Direction { rest: early, ..Direction::default() };
-        let down = Direction::default();
+    ) -> Box<Self> {
         let now = Instant::now();
-        Self { host, client, backend, limits, up, down, last_moved: now, began: now }
+        Box::new(Self {
+            host: Rc::clone(host),
+            client: Rc::clone(client),
+            backend,
+            idle: limits.idle,
+            half_closed: limits.half_closed,
+            up: Direction { rest: early, ..Direction::default() },
+            down: Direction::default(),
+            last_moved: now,
+            ends: (!limits.session.is_zero()).then(|| now + limits.session),
+            timer: None,
+        })
     }
 
-    async fn run(mut self) -> CloseCause {
+    /// Relays until the flow ends; why it ended.
+    pub(crate) async fn run(mut self: Box<Self>) -> CloseCause {
+        // It may have stopped meanwhile.
+        self.client.kick();
         // What the client sent before is the first to go.
         if self.up.is_blocked() && self.turn().is_err() {
             return self.reset(CloseCause::Reset);
         }
+        std::future::poll_fn(|context| self.poll(context)).await
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<CloseCause> {
         loop {
             if self.up.shut && self.down.shut {
-                return CloseCause::End;
+                return Poll::Ready(CloseCause::End);
             }
-            let (client, backend) = (self.interest(true), self.interest(false));
-            let silence = self.silence();
-            let moved = tokio::select! {
-                ready = self.client.stream.ready(client.unwrap_or(Interest::READABLE)), if client.is_some() => ready.map(|_| ()),
-                ready = self.backend.ready(backend.unwrap_or(Interest::READABLE)), if backend.is_some() => ready.map(|_| ()),
-                () = sleep(silence.map(|silence| self.last_moved + silence)) => {
-                    if silence.is_some_and(|silence| self.last_moved.elapsed() >= silence) {
-                        return self.reset(CloseCause::Idle);
-                    }
-                    Ok(())
+            let mut woken = self.client.poll_kicked(context).is_ready();
+            if woken && self.client.is_closing() {
+                self.reset_backend();
+                return Poll::Ready(self.client.finish());
+            }
+            // A listener that stops kicks all its connections.
+            if woken && self.host.stop.is_cancelled() {
+                return Poll::Ready(self.reset(CloseCause::Shutdown));
+            }
+            let sides =
+                [(&self.client.stream, self.interest(true)), (&self.backend, self.interest(false))];
+            for (stream, interest) in sides {
+                let Some(interest) = interest else { continue };
+                match stream.poll_ready(context, interest) {
+                    Poll::Ready(Ok(())) => woken = true,
+                    Poll::Ready(Err(_)) => return Poll::Ready(self.reset(CloseCause::Reset)),
+                    Poll::Pending => {}
                 }
-                () = sleep(self.ends()) => {
-                    if self.ends().is_some_and(|end| end <= Instant::now()) {
-                        return self.reset(CloseCause::Idle);
-                    }
-                    Ok(())
-                }
-                () = self.client.kicked() => {
-                    if self.client.is_closing() {
-                        self.reset_backend();
-                        return self.client.finish();
-                    }
-                    Ok(())
-                }
-                () = self.host.stopped() => return self.reset(CloseCause::Shutdown),
+            }
+            if woken && self.turn().is_err() {
+                return Poll::Ready(self.reset(CloseCause::Reset));
+            }
+            if !woken {
+                return self.poll_time(context);
+            }
+        }
+    }
+
+    /// Ready when one of the flow's limits is over; until then the timer is armed.
+    fn poll_time(&mut self, context: &mut Context<'_>) -> Poll<CloseCause> {
+        loop {
+            let silent = self.silence().map(|silence| self.last_moved + silence);
+            let Some(deadline) = [silent, self.ends].into_iter().flatten().min() else {
+                self.timer = None;
+                return Poll::Pending;
             };
-            if moved.and_then(|()| self.turn()).is_err() {
-                return self.reset(CloseCause::Reset);
+            let deadline = tokio::time::Instant::from_std(deadline);
+            let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+            // A timer that is armed too early costs one wake; only a later one must be moved.
+            if timer.deadline() > deadline {
+                timer.as_mut().reset(deadline);
             }
+            if timer.as_mut().poll(context).is_pending() {
+                return Poll::Pending;
+            }
+            if deadline <= tokio::time::Instant::now() {
+                return Poll::Ready(self.reset(CloseCause::Idle));
+            }
+            timer.as_mut().reset(deadline);
         }
     }
 
@@ -191,23 +233,16 @@ impl<'a, P: Protocol> Relay<'a, P> {
         }
     }
 
-    /// When the flow ends at the latest.
-    fn ends(&self) -> Option<Instant> {
-        (!self.limits.session.is_zero()).then(|| self.began + self.limits.session)
-    }
-
     fn silence(&self) -> Option<Duration> {
         let half = self.up.ended || self.down.ended;
-        let limit = if half && !self.limits.half_closed.is_zero() {
-            self.limits.half_closed
-        } else {
-            self.limits.idle
-        };
+        let limit = if half && !self.half_closed.is_zero() { self.half_closed } else { self.idle };
         (!limit.is_zero()).then_some(limit)
     }
 
     fn turn(&mut self) -> io::Result<()> {
         let mut scratch = self.host.scratch.borrow_mut();
+        self.client.stream.flush()?;
+        self.backend.flush()?;
         let up = pass(&self.client.stream, &self.backend, &mut self.up, &mut scratch)?;
         let down = pass(&self.backend, &self.client.stream, &mut self.down, &mut scratch)?;
         drop(scratch);
@@ -283,11 +318,4 @@ fn write(to: &Stream, bytes: &[u8]) -> io::Result<usize> {
         }
     }
     Ok(written)
-}
-
-async fn sleep(until: Option<Instant>) {
-    match until {
-        Some(until) => tokio::time::sleep_until(until.into()).await,
-        None => std::future::pending().await,
-    }
 }

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use strowger_contract::outbox::SpliceLimits;
@@ -11,7 +12,6 @@ use strowger_contract::{
     BackendId, CloseCause, Closing, Endpoint, FrameError, Framer, Framing, Protocol, Transport,
 };
 use tokio::io::Interest;
-use tokio::sync::Notify;
 
 use super::host::Host;
 use super::socket::Stream;
@@ -35,12 +35,39 @@ pub(crate) struct Connection {
     pub(crate) transport: Transport,
     queue: RefCell<Queue>,
     closing: Cell<Option<(Closing, CloseCause)>>,
-    splice: Cell<Option<(BackendId, SpliceLimits)>>,
+    /// In a box: it is empty all but once.
+    splice: Cell<Option<Box<(BackendId, SpliceLimits)>>>,
     /// Already in the flush's list of connections to write.
     pub(crate) dirty: Cell<bool>,
     /// The core was told that this link is congested.
     pub(crate) congested: Cell<bool>,
-    kick: Notify,
+    kick: Kick,
+}
+
+/// Wakes the one task that a connection has. A `tokio::sync::Notify` would cost each idle
+/// connection a waiter's memory, and an atomic where one thread does all.
+#[derive(Default)]
+struct Kick {
+    kicked: Cell<bool>,
+    waker: Cell<Option<Waker>>,
+}
+
+impl Kick {
+    fn kick(&self) {
+        self.kicked.set(true);
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    fn poll(&self, context: &std::task::Context<'_>) -> Poll<()> {
+        if self.kicked.replace(false) {
+            return Poll::Ready(());
+        }
+        let known = self.waker.take().filter(|known| known.will_wake(context.waker()));
+        self.waker.set(Some(known.unwrap_or_else(|| context.waker().clone())));
+        Poll::Pending
+    }
 }
 
 #[derive(Default)]
@@ -85,7 +112,7 @@ impl Connection {
             splice: Cell::new(None),
             dirty: Cell::new(false),
             congested: Cell::new(false),
-            kick: Notify::new(),
+            kick: Kick::default(),
         })
     }
 
@@ -138,7 +165,7 @@ impl Connection {
             queue.bytes.clear();
             queue.written = 0;
             if self.closing.get().is_some() {
-                self.kick.notify_one();
+                self.kick.kick();
             }
         } else {
             // The kernel's buffer is full: the task waits for room. What went is cut off the front
@@ -147,7 +174,7 @@ impl Connection {
                 let written = std::mem::take(&mut queue.written);
                 queue.bytes.drain(..written);
             }
-            self.kick.notify_one();
+            self.kick.kick();
         }
         Progress { written: total, queued: queue.len() }
     }
@@ -164,7 +191,7 @@ impl Connection {
     pub(crate) fn close(&self, how: Closing, cause: CloseCause) {
         let cause = self.closing.get().map_or(cause, |(_, first)| first);
         self.closing.set(Some((how, cause)));
-        self.kick.notify_one();
+        self.kick.kick();
     }
 
     /// Whether it is being closed.
@@ -174,18 +201,28 @@ impl Connection {
 
     /// Asks the task to join the flow to a backend.
     pub(crate) fn splice_to(&self, backend: BackendId, limits: SpliceLimits) {
-        self.splice.set(Some((backend, limits)));
-        self.kick.notify_one();
+        self.splice.set(Some(Box::new((backend, limits))));
+        self.kick.kick();
     }
 
     /// The wish of [`Connection::splice_to`], once.
     pub(crate) fn take_splice(&self) -> Option<(BackendId, SpliceLimits)> {
-        self.splice.take()
+        self.splice.take().map(|wish| *wish)
+    }
+
+    /// Has the task look again.
+    pub(crate) fn kick(&self) {
+        self.kick.kick();
     }
 
     /// Waits until somebody changed something here.
     pub(crate) async fn kicked(&self) {
-        self.kick.notified().await;
+        std::future::poll_fn(|context| self.poll_kicked(context)).await;
+    }
+
+    /// [`Connection::kicked`] for a task that polls: ready once for each time that something changed.
+    pub(crate) fn poll_kicked(&self, context: &std::task::Context<'_>) -> Poll<()> {
+        self.kick.poll(context)
     }
 
     /// Ends the connection as asked; what the cause is.

@@ -192,6 +192,8 @@ impl TcpEngine {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let took = now.saturating_duration_since(flow.began);
         flow.joined = Some(took);
+        // Idle flows hold nothing that they need no more.
+        flow.tried = Vec::new();
         let ttl = router.session_ttl(flow.pool);
         router.learn(now, flow.session, backend, ClassId::SETUP, ttl);
         let total = now.saturating_duration_since(flow.arrived);

@@ -26,8 +26,9 @@ use crate::runtime::datagram::DatagramPort;
 use crate::runtime::intake::TakenIn;
 use crate::runtime::link::LinkTable;
 use crate::runtime::mailbox::Letters;
-use crate::runtime::shared::{NodeEvent, Shared};
+use crate::runtime::shared::{NodeEvent, Shared, SourcePlace};
 use crate::runtime::socket::Stream;
+use crate::runtime::splice::Relay;
 use crate::runtime::stream::{Connection, serve};
 use crate::runtime::sys::SendError;
 pub(crate) use batch::Batch;
@@ -91,6 +92,22 @@ pub(crate) struct State<P: Protocol> {
     dials: Vec<Dial>,
     grants: Vec<Grant>,
     restarts: u64,
+}
+
+/// A client's connection that was entered.
+pub(crate) struct Begun<P: Protocol> {
+    flow: FlowId,
+    connection: Rc<Connection>,
+    next: Next<P>,
+    /// Among the connections from its address; given back at its end.
+    _place: SourcePlace,
+}
+
+enum Next<P: Protocol> {
+    /// It is joined; its bytes pass.
+    Relay(Box<Relay<P>>),
+    /// It is cut into messages; what was read already.
+    Cut(Vec<u8>),
 }
 
 /// A connection that a task is to open.
@@ -261,23 +278,47 @@ impl<P: Protocol> Host<P> {
         self.batch(Instant::now(), |batch| batch.opened(peer, opened));
     }
 
-    /// Serves a client's connection until it ends.
-    pub(crate) async fn serve(self: Rc<Self>, taken: TakenIn, transport: Transport) {
+    /// Enters a client's connection, and joins it to a backend where its bytes pass untouched; `None`
+    /// if it has ended by then.
+    pub(crate) async fn begin(
+        self: &Rc<Self>,
+        taken: TakenIn,
+        transport: Transport,
+    ) -> Option<Begun<P>> {
         let TakenIn { stream, remote, local, facts, early } = taken;
         let limit = self.state().spec.limits.per_source;
-        let Some(_place) = self.shared.source_place(remote.ip(), limit) else {
+        let Some(place) = self.shared.source_place(remote.ip(), limit) else {
             self.count("over_per_source");
-            return stream.reset_on_close();
+            stream.reset_on_close();
+            return None;
         };
         let (flow, connection) = self.adopt(stream, remote, local, transport);
         let opened = Opened { remote, local, transport, facts: &facts };
         self.opened(Endpoint::Client(flow), opened);
-        let cause = if P::LINKS == strowger_contract::Links::None {
-            crate::runtime::splice::serve(&self, flow, &connection, facts, early).await
+        let next = if P::LINKS == strowger_contract::Links::None {
+            match crate::runtime::splice::join(self, flow, &connection, &facts, early).await {
+                Ok(relay) => Next::Relay(relay),
+                Err(cause) => {
+                    self.release(flow, &connection, cause);
+                    return None;
+                }
+            }
         } else {
-            drop(facts);
-            let idle = self.state().spec.limits.idle;
-            serve(&self, &connection, idle, early).await
+            Next::Cut(early)
+        };
+        Some(Begun { flow, connection, next, _place: place })
+    }
+
+    /// Serves a connection that has begun until it ends. What is awaited here is what an idle
+    /// connection holds.
+    pub(crate) async fn serve(self: Rc<Self>, begun: Box<Begun<P>>) {
+        let Begun { flow, connection, next, _place } = *begun;
+        let cause = match next {
+            Next::Relay(relay) => relay.run().await,
+            Next::Cut(early) => {
+                let idle = self.state().spec.limits.idle;
+                Box::pin(serve(&self, &connection, idle, early)).await
+            }
         };
         self.release(flow, &connection, cause);
     }
@@ -410,6 +451,13 @@ impl<P: Protocol> Host<P> {
         if self.armed.get().is_none_or(|armed| next < armed) {
             self.armed.set(Some(next));
             self.timer.notify_one();
+        }
+    }
+
+    /// Has all connections look again whether they are to go on.
+    pub(crate) fn kick_all(&self) {
+        for connection in self.cell.borrow().flows.all() {
+            connection.kick();
         }
     }
 

@@ -178,10 +178,6 @@ pub trait Protocol: Send + Sync + 'static {
         Intake::default()
     }
 
-    /// Whether datagrams are flows, one per client address: the engine hears of them as of
-    /// connections, and joins them to backends with [`crate::Command::Splice`].
-    const DATAGRAM_FLOWS: bool = false;
-
     /// How long a stream may take for its first whole message, and for the rest of a message that
     /// has begun; slow senders are cut off after it.
     const MESSAGE_TIMEOUT: Duration = Duration::from_secs(32);

@@ -313,3 +313,40 @@ fn backends_are_who_they_must_be() {
         edge.metric("strowger_tls_handshake_failures_total", &labels) > 0.0
     });
 }
+
+/// A Diameter client is who its certificate says (RFC 6733 13.1), whatever its CER says.
+#[test]
+fn a_diameter_identity_must_be_in_the_certificate() {
+    use strowger_diameter::avp::{FLAG_REQUEST, Summary};
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = folder.path().to_path_buf();
+    let authority = Authority::new(&at, "ca");
+    authority.issue(&at, "edge", &["edge.example.net"]);
+    authority.issue(&at, "client", &["client.example.net"]);
+    let (port, backend) = (free_port(), free_port());
+    let path = |file: &str| at.join(file).display().to_string();
+    let edge = Edge::start(&format!(
+        "version: 1\nnode: {{ workers: 2, realm: example.net }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: dra\n    protocol: diameter\n    bind: [tls://127.0.0.1:{port}]\n    tls: {{ certificates: [{{ certificate: {}, key: {} }}], client_ca: {} }}\n    options: {{ origin_host: edge.example.net }}\n    pool: pcrf\npools:\n  pcrf:\n    backends: [{{ id: a, address: tcp://127.0.0.1:{backend} }}]\n",
+        path("edge.pem"),
+        path("edge.key"),
+        path("ca.pem")
+    ));
+    let config = client_config(&at, "ca", Some("client"));
+    let introduce = |host: &str| {
+        let mut stream = dial(port, "edge.example.net", &config);
+        let cer = crate::diameter::capabilities(FLAG_REQUEST, host, None);
+        stream.write_all(&cer).expect("written");
+        let mut answer = vec![0; 20];
+        stream.read_exact(&mut answer).expect("a CEA");
+        let length = u32::from_be_bytes([0, answer[1], answer[2], answer[3]]) as usize;
+        answer.resize(length, 0);
+        stream.read_exact(&mut answer[20..]).expect("all of it");
+        Summary::of(&answer).result_code
+    };
+    assert_eq!(introduce("Client.example.net"), Some(2_001));
+    assert_eq!(introduce("other.example.net"), Some(3_010));
+    edge.until("the count", |edge| {
+        edge.metric("strowger_protocol_total", &["diameter_peers_refused"]) == 1.0
+    });
+    assert!(edge.log().contains("the certificate is not for this Origin-Host"));
+}

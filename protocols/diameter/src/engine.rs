@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, Context, Endpoint, Engine, FlowId, Message, Outbox, Outcome, PeerChange, PoolId,
-    Refusal, Route, Router, Ticket, Wheel, WorkerId,
+    BackendId, Context, Endpoint, Engine, FlowId, Message, Opened, Outbox, Outcome, PeerChange,
+    PoolId, Refusal, Route, Router, Ticket, Wheel, WorkerId,
 };
 
 use crate::Diameter;
@@ -251,6 +251,18 @@ impl Engine for DiameterEngine {
         }
     }
 
+    fn on_opened(
+        &mut self,
+        now: Instant,
+        peer: Endpoint,
+        opened: Opened<'_>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let certificate = opened.facts.certificate.clone();
+        self.begin(now, peer, (opened.remote, opened.local), certificate, router, out);
+    }
+
     fn on_peer(
         &mut self,
         now: Instant,
@@ -261,7 +273,7 @@ impl Engine for DiameterEngine {
     ) {
         match (peer, change) {
             (_, PeerChange::Opened { remote, local, .. }) => {
-                self.on_opened(now, peer, remote, local, router, out)
+                self.begin(now, peer, (remote, local), None, router, out)
             }
             (Endpoint::Client(flow), PeerChange::Closed(_)) => {
                 self.on_client_gone(now, flow, router)

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, ClassId, Closing, Endpoint, FlowId, Level, Link, Note, Outbox, PeerReport, Router,
-    Ticket,
+    BackendId, Certificate, ClassId, Closing, Endpoint, FlowId, Level, Link, Note, Outbox,
+    PeerReport, Router, Ticket,
 };
 
 use crate::SPACE;
@@ -61,6 +61,8 @@ pub(crate) struct Peer {
     pub(crate) host: Rc<[u8]>,
     pub(crate) realm: Rc<[u8]>,
     capabilities: Vec<u32>,
+    /// What it showed where the connection is over TLS: its Origin-Host must be in there.
+    certificate: Option<Certificate>,
     remote: SocketAddr,
     local: SocketAddr,
     pub(crate) since: Instant,
@@ -79,13 +81,22 @@ pub(crate) struct Peer {
     pub(crate) watchdog: Duration,
 }
 
+impl Peer {
+    /// Whether its certificate, if it showed one, stands for the Origin-Host that it tells (RFC 6733
+    /// 13.1: peers authorise each other by what was authenticated).
+    fn may_be(&self, host: &[u8]) -> bool {
+        let Some(certificate) = &self.certificate else { return true };
+        std::str::from_utf8(host).is_ok_and(|host| certificate.is_for_diameter(host))
+    }
+}
+
 impl DiameterEngine {
-    pub(crate) fn on_opened(
+    pub(crate) fn begin(
         &mut self,
         now: Instant,
         endpoint: Endpoint,
-        remote: SocketAddr,
-        local: SocketAddr,
+        (remote, local): (SocketAddr, SocketAddr),
+        certificate: Option<Certificate>,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
@@ -94,6 +105,7 @@ impl DiameterEngine {
             host: Rc::from(&b""[..]),
             realm: Rc::from(&b""[..]),
             capabilities: Vec::new(),
+            certificate,
             remote,
             local,
             since: now,
@@ -365,6 +377,10 @@ impl DiameterEngine {
                 out,
             );
         }
+        if !self.clients.get(&flow).is_none_or(|peer| peer.may_be(told.host)) {
+            let text = "the certificate is not for this Origin-Host";
+            return refuse(self, result::UNKNOWN_PEER, text, out);
+        }
         let peers = &self.settings.peers;
         if !peers.is_empty() && !peers.iter().any(|peer| peer.matches(told.host)) {
             return refuse(self, result::UNKNOWN_PEER, "this peer is not among those allowed", out);
@@ -438,10 +454,20 @@ impl DiameterEngine {
         else {
             return;
         };
-        if told.result != Some(result::SUCCESS) || told.host.is_empty() || stranger.is_some() {
+        let certified = peer.may_be(told.host);
+        if told.result != Some(result::SUCCESS)
+            || told.host.is_empty()
+            || stranger.is_some()
+            || !certified
+        {
+            out.note(Note::Count("diameter_backends_refused"));
             out.event(Level::Warn, "diameter_backend_refused", || match stranger {
                 Some(expected) => format!(
                     "calls itself {}, and not {expected}",
+                    String::from_utf8_lossy(told.host)
+                ),
+                None if !certified => format!(
+                    "calls itself {}, and its certificate is not for that",
                     String::from_utf8_lossy(told.host)
                 ),
                 None => format!("answered our CER with {}", told.result.unwrap_or(0)),

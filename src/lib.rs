@@ -22,6 +22,7 @@
 //! | [`edge`] | puts them together: one running edge |
 //! | [`load`] | the load generator: both sides of an edge, open loop |
 //! | [`decode`] | messages and captures in words |
+//! | [`import`] | other systems' configurations, turned into ours |
 //! | [`demo`] | sample workloads and traffic on loopback |
 
 pub mod cli;
@@ -29,6 +30,7 @@ pub mod control;
 pub mod decode;
 pub mod demo;
 pub mod edge;
+pub mod import;
 pub mod load;
 pub mod observe;
 pub mod protocols;

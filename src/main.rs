@@ -126,6 +126,11 @@ enum Command {
         #[command(subcommand)]
         load: strowger::load::Load,
     },
+    /// Turn another system's configuration into one of ours.
+    Import {
+        #[command(subcommand)]
+        from: Import,
+    },
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -133,6 +138,35 @@ enum Command {
     },
     /// Print the manual page.
     Man,
+}
+
+#[derive(Subcommand)]
+enum Import {
+    /// A `dispatcher.list` of Kamailio's dispatcher module.
+    Kamailio {
+        /// The list.
+        file: PathBuf,
+        /// The algorithm that ds_select_dst() is called with (0-15, 64).
+        #[arg(long, default_value_t = 0, value_name = "NUMBER")]
+        algorithm: u32,
+        /// Another algorithm for one set; may be given several times.
+        #[arg(long = "set", value_name = "SET=NUMBER", allow_hyphen_values = true, value_parser = set_algorithm)]
+        sets: Vec<(i64, u32)>,
+        /// What the listener binds.
+        #[arg(long, value_name = "ADDRESS")]
+        listen: Option<std::net::SocketAddr>,
+        /// Look host names up now and write their addresses.
+        #[arg(long)]
+        resolve: bool,
+    },
+}
+
+fn set_algorithm(text: &str) -> Result<(i64, u32), String> {
+    let parts = text.split_once('=').map(|(set, number)| (set.parse(), number.parse()));
+    match parts {
+        Some((Ok(set), Ok(number))) => Ok((set, number)),
+        _ => Err("write SET=NUMBER, such as 2=9".to_owned()),
+    }
 }
 
 #[derive(clap::Args)]
@@ -188,6 +222,7 @@ impl Command {
             Self::Drain { admin, instance, deadline } => cli::drain(&admin, &instance, deadline)?,
             Self::Undrain { admin, instance } => cli::undrain(&admin, &instance)?,
             Self::Load { load } => strowger::load::run(&load)?,
+            Self::Import { from } => return from.run(),
             Self::Completions { shell } => {
                 clap_complete::generate(
                     shell,
@@ -201,6 +236,32 @@ impl Command {
             }
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl Import {
+    fn run(self) -> Result<ExitCode> {
+        let Self::Kamailio { file, algorithm, sets, listen, resolve } = self;
+        let text = std::fs::read_to_string(&file)
+            .with_context(|| format!("{} cannot be read", file.display()))?;
+        let options = strowger::import::KamailioOptions {
+            algorithms: sets.into_iter().collect(),
+            algorithm,
+            resolve,
+            listen,
+        };
+        match strowger::import::kamailio_dispatcher(&text, &options) {
+            Ok(yaml) => {
+                print!("{yaml}");
+                Ok(ExitCode::SUCCESS)
+            }
+            Err(errors) => {
+                for error in errors {
+                    eprintln!("{}: {error}", file.display());
+                }
+                Ok(ExitCode::FAILURE)
+            }
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! sipp's calls through the edge.
 
+mod import;
 mod phone;
 mod scenarios;
 mod secure;
+mod torture;
 mod trace;
 
 use std::fs;

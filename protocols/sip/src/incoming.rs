@@ -126,6 +126,13 @@ pub(crate) fn refused_as_is<'a>(
         // tel:, urn: and what is yet to come are the pool's business.
         Some(_) => {}
     }
+    // RFC 4475 3.3.9: which of two lengths holds, nobody can say.
+    let mut lengths = scan.all(Name::ContentLength).map(|header| header.value.of(bytes));
+    if let Some(first) = lengths.next()
+        && lengths.any(|other| other != first)
+    {
+        return Some(Answer::new(400, "Two Different Content-Length"));
+    }
     if let Some(length) = scan.value(bytes, Name::ContentLength)
         && content_length(length).is_none_or(|length| length > bytes.len() - scan.body_at)
     {

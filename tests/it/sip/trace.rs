@@ -1,10 +1,11 @@
 //! Traces, the export to Homer, and the list of calls, as tshark reads them.
 
+use std::fs;
 use std::net::UdpSocket;
 use std::process::Command;
 use std::time::Duration;
 
-use super::phone::{Client, Server};
+use super::phone::{Client, Server, headers};
 use crate::harness::{Edge, download, free_port, has, http};
 
 const LIMIT: Duration = Duration::from_secs(15);
@@ -228,4 +229,66 @@ fn homer_gets_copies_and_a_collector_that_does_not_resolve_costs_nothing() {
         (&local.port().to_be_bytes().to_vec(), &port.to_be_bytes().to_vec())
     );
     assert_eq!(got[1][&8], server.address.port().to_be_bytes());
+}
+
+/// A call is listed while it lives; its record is written when it ends, and SIGHUP opens the file anew.
+#[test]
+fn a_call_is_listed_and_then_written_to_a_file() {
+    let (port, server) = (free_port(), Server::polite());
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let file = folder.path().join("cdr.jsonl");
+    let sink = format!("cdr: {{ file: {} }}\n", file.display());
+    let yaml = config(port, &server, &sink)
+        .replace("    pool: ims\n", "    pool: ims\n    options: { cdr: true }\n");
+    let edge = Edge::start(&yaml);
+    let call = |name: &str| {
+        let mut client = Client::udp(([127, 0, 0, 1], port).into());
+        let invite = client.request("INVITE", "sip:bob@example.net", "alice", name);
+        client.send(invite.as_bytes());
+        let told = client.final_answer(LIMIT).expect("answered");
+        let one = |header: &str| headers(&told, header, "")[0].to_owned();
+        let (to, route) = (one("To"), one("Record-Route"));
+        let in_dialog = |method: &str, number: u32| {
+            let request = client.request(method, "sip:phone@127.0.0.1", "alice", name);
+            request
+                .replace("To: <sip:phone@127.0.0.1>", &format!("Route: {route}\r\nTo: {to}"))
+                .replace("CSeq: 1", &format!("CSeq: {number}"))
+        };
+        let (ack, bye) = (in_dialog("ACK", 1), in_dialog("BYE", 2));
+        client.send(ack.as_bytes());
+        (client, bye)
+    };
+    let (mut client, bye) = call("cdr-1");
+    edge.until("a live call", |edge| {
+        let calls = edge.json("/api/v1/calls?pool=ims&instance=a");
+        calls["live"] == 1 && calls["calls"][0]["phase"] == "answered"
+    });
+    assert_eq!(edge.json("/api/v1/calls?instance=other")["live"], 0);
+    client.send(bye.as_bytes());
+    assert!(client.final_answer(LIMIT).is_some_and(|told| told.starts_with("SIP/2.0 200")));
+    let written = |name: &str| {
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        text.lines().find(|line| line.contains(name)).map(str::to_owned)
+    };
+    edge.until("the record", |_| written("cdr-1").is_some());
+    let record: serde_json::Value =
+        serde_json::from_str(&written("cdr-1").expect("there")).expect("a line of JSON");
+    for (field, value) in [
+        ("caller", "sip:alice@example.net"),
+        ("callee", "sip:bob@example.net"),
+        ("instance", "a"),
+        ("cause", "bye"),
+        ("ended_by", "caller"),
+    ] {
+        assert_eq!(record[field], value, "{record}");
+    }
+    assert!(record["talk_s"].as_f64().is_some_and(|talked| talked >= 0.0), "{record}");
+    assert_eq!(edge.json("/api/v1/calls")["live"], 0);
+    fs::rename(&file, folder.path().join("moved")).expect("moved");
+    edge.process.hang_up();
+    edge.until("the new file", |_| file.exists());
+    let (mut client, bye) = call("cdr-2");
+    client.send(bye.as_bytes());
+    edge.until("the second record", |_| written("cdr-2").is_some());
+    assert_eq!(edge.metric("strowger_call_records_total", &["written"]), 2.0);
 }

@@ -239,7 +239,7 @@ fn meaning(algorithm: u32) -> Meaning {
 
 fn write(sets: &BTreeMap<i64, Vec<Destination>>, options: &KamailioOptions) -> String {
     let mut out = String::new();
-    let listen = options.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 5060)));
+    let listen = options.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 5060)));
     let line = |out: &mut String, text: String| {
         // Writing to a string cannot fail.
         let _ok = writeln!(out, "{text}");

@@ -104,8 +104,11 @@ impl Rig {
     }
 }
 
-/// A row of the index: path and verdict.
-fn index() -> Option<(PathBuf, Vec<(String, String, String)>)> {
+/// A row of the index: path, kind, verdict.
+type Row = (String, String, String);
+
+/// The index, where there is one.
+fn index() -> Option<(PathBuf, Vec<Row>)> {
     let folder = std::env::var_os("STROWGER_TESTDATA").map(PathBuf::from)?;
     let Ok(text) = fs::read_to_string(folder.join("sip/index.tsv")) else {
         println!("skipped: no sip/index.tsv in STROWGER_TESTDATA");

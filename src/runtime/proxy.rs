@@ -35,6 +35,10 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Header>, &'static str> {
         Err(Error::BufferTooShort) if bytes.len() >= HEADER_BYTES_MAX => {
             return Err("the header is too long");
         }
+        // The library asks for more of a line that has all it will ever have.
+        Err(Error::BufferTooShort) if is_line_with_its_end(bytes) => {
+            return Err("the PROXY line makes no sense");
+        }
         Err(Error::BufferTooShort) => return Ok(None),
         Err(_) => return Err("there is no PROXY header, or a wrong one"),
     };
@@ -48,6 +52,13 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Option<Header>, &'static str> {
     }
     let addresses = header.proxied_address().map(|told| (told.source, told.destination));
     Ok(Some(Header { addresses, tlvs, length }))
+}
+
+/// Whether it is version 1's line, and either whole or longer than one may be (107 bytes).
+fn is_line_with_its_end(bytes: &[u8]) -> bool {
+    const V1_BYTES_MAX: usize = 107;
+    let has_end = bytes.windows(2).take(V1_BYTES_MAX).any(|pair| pair == b"\r\n");
+    bytes.starts_with(b"PROXY") && (has_end || bytes.len() > V1_BYTES_MAX)
 }
 
 /// The header that a backend is sent before anything else.

@@ -468,10 +468,11 @@ impl Core {
         Ok((sessions.max(under_way), backend.live.recent.view(self.clock(now))))
     }
 
-    /// Takes in what an instance's owner says of its load, in percent.
+    /// Takes in what an instance's owner says of its load, in percent; from 100 on it limits its slots.
     pub fn set_load(&self, pool: &str, id: &str, load: Option<u32>) {
         if let Ok((_, backend)) = find(&self.snapshot.load(), pool, id) {
-            backend.live.set_load(load);
+            let taken = backend.live.in_flight().saturating_add(self.held_by(backend.id));
+            backend.live.set_load(load, taken);
         }
     }
 

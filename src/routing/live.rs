@@ -22,6 +22,13 @@ const CAPABILITY_ANY: u32 = 0xffff_ffff;
 /// not look fast (linkerd records 5 s for the same reason).
 const FAULT_LATENCY: Duration = Duration::from_secs(5);
 
+/// At this load by its owner's word (percent) an instance takes no more than it has.
+const LOAD_FULL: u32 = 100;
+
+/// Below this load (percent) it takes again what its other limits let it. What lies between keeps
+/// what was said, so that a load around the limit does not open and close it with each heartbeat.
+const LOAD_FREE: u32 = 90;
+
 /// The latency estimate's weight of the newest value is one in so many.
 const LATENCY_SMOOTHING: u64 = 8;
 
@@ -64,6 +71,8 @@ pub struct BackendLive {
     buckets: [AtomicU64; 2],
     /// What its owner says of its load, in percent plus one; 0: nothing.
     load: AtomicU32,
+    /// The slots that follow from its load; 0: no limit.
+    by_load: AtomicU32,
     /// The last minute, for its owner.
     pub(super) recent: super::report::Recent,
     /// Requests sent to it.
@@ -235,9 +244,21 @@ impl BackendLive {
         full_at.fetch_update(Relaxed, Relaxed, next).is_ok()
     }
 
-    /// Its owner says how loaded it is, in percent.
-    pub(super) fn set_load(&self, load: Option<u32>) {
+    /// Its owner says how loaded it is, in percent, while `taken` slots are taken. Full, it has as many
+    /// slots as are taken now (as it had, if it was full before: what ends makes room); over that, less in
+    /// proportion, but never none, since an instance without work cannot show that it has recovered.
+    pub(super) fn set_load(&self, load: Option<u32>, taken: u32) {
         self.load.store(load.map_or(0, |load| load.saturating_add(1)), Relaxed);
+        match load {
+            Some(load) if load >= LOAD_FULL => {
+                let known = self.by_load.load(Relaxed);
+                let base = if known > 0 { known } else { taken };
+                let slots = u64::from(base) * u64::from(LOAD_FULL) / u64::from(load);
+                self.by_load.store(u32::try_from(slots).unwrap_or(u32::MAX).max(1), Relaxed);
+            }
+            Some(LOAD_FREE..) => {}
+            _ => self.by_load.store(0, Relaxed),
+        }
     }
 
     /// How loaded it is by its owner's word, in percent.
@@ -293,10 +314,11 @@ impl BackendLive {
         self.reported.store(slots, Relaxed);
     }
 
-    /// The slots that it has by the agent's word and by the adaptive limit.
+    /// The slots that it has by the agent's word (of slots, of load) and by the adaptive limit.
     pub(super) fn limit(&self) -> Option<u32> {
         let known = |limit: &AtomicU32| Some(limit.load(Relaxed)).filter(|&limit| limit > 0);
-        known(&self.reported).into_iter().chain(known(&self.adaptive)).min()
+        let limits = [&self.reported, &self.by_load, &self.adaptive];
+        limits.into_iter().filter_map(known).min()
     }
 
     /// Looks at what it answered since the last time, and sets the adaptive limit, or lifts it.
@@ -494,6 +516,29 @@ mod tests {
         assert_eq!(live.probed(true, 3, 2), None);
         assert_eq!(live.probed(true, 3, 2), Some(LiveChange::Up));
         assert!(!live.is_down());
+    }
+
+    #[test]
+    fn a_full_instance_takes_no_more_than_it_has_until_it_says_that_there_is_room() {
+        let live = BackendLive::new(0);
+        live.set_load(Some(99), 12);
+        assert_eq!(live.limit(), None, "not full");
+        live.set_load(Some(100), 12);
+        assert_eq!(live.limit(), Some(12));
+        live.set_load(Some(100), 3);
+        assert_eq!(live.limit(), Some(12), "what ends makes room");
+        live.set_load(Some(150), 12);
+        assert_eq!(live.limit(), Some(8), "over its limit: less, in proportion");
+        live.set_load(Some(95), 8);
+        assert_eq!(live.limit(), Some(8), "near it: as it was");
+        live.set_load(Some(u32::MAX), 8);
+        assert_eq!(live.limit(), Some(1), "never none");
+        live.set_reported(5);
+        live.set_load(Some(89), 1);
+        assert_eq!(live.limit(), Some(5), "the other word stands");
+        live.set_load(Some(100), 7);
+        live.set_load(None, 7);
+        assert_eq!((live.limit(), live.load()), (Some(5), None), "nothing said, nothing meant");
     }
 
     #[test]

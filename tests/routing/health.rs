@@ -4,10 +4,10 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use strowger::routing::Balance;
-use strowger_contract::{Outcome, Refusal, RouteReason, Router, Verdict};
+use strowger::routing::{Balance, Grant};
+use strowger_contract::{ClassId, Outcome, Query, Refusal, RouteReason, Router, Verdict};
 
-use crate::support::{World, backends, pin, plain};
+use crate::support::{POOL, World, backends, pin, plain};
 
 fn any_balance() -> impl Strategy<Value = Balance> {
     prop_oneof![
@@ -200,4 +200,43 @@ fn a_lost_engine_gives_back_what_it_had_in_flight() {
     let now = world.now();
     world.router.abandon_all(now);
     assert!(world.view().backends.iter().all(|backend| backend.in_flight == 0));
+}
+
+#[test]
+fn a_backend_whose_agent_says_full_gets_no_more_until_it_says_otherwise() {
+    let mut world = World::new(&plain(backends(1)));
+    let ask = |world: &mut World, number| {
+        let query = Query {
+            pool: world.pool,
+            session: world.key(number),
+            pin: None,
+            in_session: false,
+            awaits: true,
+            class: ClassId::SETUP,
+            deadline: world.now() + Duration::from_millis(500),
+            capability: 0,
+            exclude: &[],
+        };
+        world.router.route(world.now(), &query)
+    };
+    for number in 0..4 {
+        assert!(matches!(ask(&mut world, number), Verdict::Go(_)));
+    }
+    world.core.set_load(POOL, "b0", Some(100));
+    let Verdict::Wait(waiting) = ask(&mut world, 4) else { panic!("it is full") };
+    // One ends, and makes room for one.
+    let (now, id) = (world.now(), world.router.resolve(pin(0)).expect("b0"));
+    let latency = Duration::from_millis(5);
+    world.router.outcome(now, id, Outcome::Answered { latency });
+    let mut grants = Vec::new();
+    world.router.grants(now, &mut grants);
+    assert!(matches!(grants[..], [Grant::Go(ticket, _)] if ticket == waiting), "{grants:?}");
+    // With room again, who waits goes without an end of anything.
+    let Verdict::Wait(waiting) = ask(&mut world, 5) else { panic!("it is full") };
+    world.core.set_load(POOL, "b0", Some(50));
+    world.core.tick(now);
+    grants.clear();
+    world.router.grants(now, &mut grants);
+    assert!(matches!(grants[..], [Grant::Go(ticket, _)] if ticket == waiting), "{grants:?}");
+    assert!(matches!(ask(&mut world, 6), Verdict::Go(_)));
 }

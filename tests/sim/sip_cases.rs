@@ -9,8 +9,9 @@ use strowger::routing::{
     BackendSpec, Balance, Core, CoreRouter, CoreSettings, Grant, InstanceState, SnapshotSpec,
 };
 use strowger_contract::{
-    AttemptOutcome, CallPhase, CloseCause, Command, Context, Endpoint, Engine, Keyer, LocalSocket,
-    Message, Note, Outbox, PeerChange, Protocol, Scope, TokenKeys, Transport, WorkerId,
+    AttemptOutcome, CallPhase, ClassId, CloseCause, Command, Context, Endpoint, Engine, Keyer,
+    LocalSocket, Message, Note, Outbox, PeerChange, Protocol, Scope, TokenKeys, Transport,
+    WorkerId,
 };
 use strowger_sip::{Sip, SipEngine, SipMatch, SipOptions};
 
@@ -26,6 +27,8 @@ struct Bench {
     at: Duration,
     /// What was sent, and noted, since it was last looked at.
     sent: Vec<(Endpoint, String)>,
+    /// The class of what was sent last.
+    class: ClassId,
     notes: Vec<Note>,
 }
 
@@ -93,6 +96,7 @@ impl Bench {
             start,
             at: Duration::ZERO,
             sent: Vec::new(),
+            class: ClassId::CONTROL,
             notes: Vec::new(),
         }
     }
@@ -121,6 +125,7 @@ impl Bench {
             if let Command::Send(frame) = command {
                 let text = String::from_utf8_lossy(self.out.bytes(&frame.bytes)).into_owned();
                 self.sent.push((frame.to, text));
+                self.class = frame.class;
             }
         }
         self.notes.extend(self.out.notes().iter().cloned());
@@ -300,6 +305,55 @@ fn a_call_holds_a_slot_from_its_2xx_to_its_bye_and_is_recorded() {
         [(CallPhase::Began, None), (CallPhase::Answered, None), (CallPhase::Ended, Some("bye"))]
     );
     bench.rests();
+}
+
+/// DESIGN 5: an emergency session stays one to its end, whichever side speaks, whatever it carries.
+#[test]
+fn an_emergency_call_stays_one_by_its_token() {
+    for mode in ["stateful", "stateless"] {
+        let urgent = "Resource-Priority: esnet.0\r\n";
+        for (more, wanted) in [(urgent, ClassId::EMERGENCY), ("", ClassId::IN_SESSION)] {
+            let mut bench = Bench::new(json!({"mode": mode}), "", vec![backend(1, None)]);
+            let sent = bench.client(&request("INVITE", "c1", more));
+            let invite = sent.last().expect("it went on").clone();
+            let answered = bench.answers(&invite, "200 OK", "Contact: <sip:bob@10.0.0.1>\r\n");
+            let route = header(&answered[0].1, "Record-Route").to_owned();
+            let within = |method: &str| {
+                request(method, "c1", &format!("Route: {route}\r\n"))
+                    .replace("To: <sip:bob@example.net>", "To: <sip:bob@example.net>;tag=callee")
+                    .replace("sip:bob@example.net SIP", "sip:bob@10.0.0.1 SIP")
+            };
+            // Its own words say nothing of an emergency any more.
+            let sent = bench.client(&within("INFO"));
+            assert_eq!((starts(&sent), bench.class), (vec!["INFO".to_owned()], wanted), "{mode}");
+            let sent = bench.client(&within("UPDATE"));
+            assert_eq!((starts(&sent), bench.class), (vec!["UPDATE".to_owned()], wanted), "{mode}");
+            // And the refreshed Record-Route carries it on.
+            if let Some(again) = sent.first().filter(|(_, text)| text.contains("Record-Route")) {
+                let route = header(&again.1, "Record-Route").to_owned();
+                let info = within("INFO").replace("-INFO;", "-INFO2;");
+                let info = info.lines().map(|line| match line.strip_prefix("Route: ") {
+                    Some(_) => format!("Route: {route}\r\n"),
+                    None => format!("{line}\r\n"),
+                });
+                bench.client(&info.collect::<String>());
+                assert_eq!(bench.class, wanted, "{mode}");
+            }
+            // The callee hangs up.
+            let bye = within("BYE")
+                .replace(
+                    "From: <sip:alice@example.net>;tag=a",
+                    "From: <sip:bob@example.net>;tag=callee",
+                )
+                .replace(
+                    "To: <sip:bob@example.net>;tag=callee",
+                    "To: <sip:alice@example.net>;tag=a",
+                )
+                .replace("sip:bob@10.0.0.1 SIP", &format!("sip:alice@{CLIENT} SIP"));
+            let sent = bench.gets(remote(invite.0), &bye);
+            assert_eq!((starts(&sent), bench.class), (vec!["BYE".to_owned()], wanted), "{mode}");
+        }
+    }
 }
 
 #[test]

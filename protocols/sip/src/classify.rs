@@ -32,7 +32,8 @@ pub(crate) fn classify(
     }
 }
 
-fn is_emergency(message: &[u8], scan: &Scan, uri: &[u8]) -> bool {
+/// Whether it says of itself that it is an emergency.
+pub(crate) fn is_emergency(message: &[u8], scan: &Scan, uri: &[u8]) -> bool {
     const SOS: &[u8] = b"urn:service:sos";
     let sos = uri.get(..SOS.len()).is_some_and(|start| start.eq_ignore_ascii_case(SOS))
         && matches!(uri.get(SOS.len()), None | Some(b'.'));

@@ -89,6 +89,7 @@ impl SipEngine {
             return self.refuse(now, incoming, class, &answer, out);
         }
         let target = self.target_of(incoming, router);
+        let class = if target.emergency { ClassId::EMERGENCY } else { class };
         if self.settings.is_stateless() {
             return self.forward_stateless(now, incoming, &target, class, router, out);
         }

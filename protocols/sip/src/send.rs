@@ -9,7 +9,7 @@ use crate::method::Method;
 use crate::place::NextHop;
 use crate::rules::{Facts, edit};
 use crate::scan::{Name, Scan};
-use crate::target::{ClientFlow, MARK_BACKEND, Target, dialog_binding};
+use crate::target::{ClientFlow, MARK_BACKEND, MARK_EMERGENCY, Target, dialog_binding};
 use crate::uri::tag;
 use crate::write::Forward;
 
@@ -57,7 +57,8 @@ pub(crate) fn forward(
         let from_backend = hop.backend.is_none();
         let by_initiator = to_tag.is_none() || from_backend == target.begun_by_backend;
         let initiator = if by_initiator { from_tag } else { to_tag.unwrap_or_default() };
-        let mark = if target.begun_by_backend { MARK_BACKEND } else { 0 };
+        let mark = if target.begun_by_backend { MARK_BACKEND } else { 0 }
+            | if target.emergency { MARK_EMERGENCY } else { 0 };
         let binding = dialog_binding(call_id ^ ClientFlow::binding(flow), initiator);
         router.seal(pin, mark, binding)
     });

@@ -7,6 +7,7 @@ use strowger_contract::{
     Endpoint, FlowId, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash,
 };
 
+use crate::classify::is_emergency;
 use crate::engine::Settings;
 use crate::options::Matched;
 use crate::scan::{Name, Scan};
@@ -25,6 +26,8 @@ pub(crate) struct Target<'a> {
     pub(crate) add_route: Option<&'a [u8]>,
     /// For the Record-Route token: whether the dialog was begun by a backend.
     pub(crate) begun_by_backend: bool,
+    /// Whether it is an emergency by what it says itself or by its dialog's token.
+    pub(crate) emergency: bool,
     /// Whether this request comes from an instance, or from its side of a dialog.
     pub(crate) from_backend: bool,
     /// The worker that keeps the call's record, as our Record-Route said.
@@ -118,10 +121,15 @@ pub(crate) fn dialog_binding(call_id: u64, initiator_tag: &[u8]) -> u64 {
 /// The mark of a token whose dialog was begun by a backend.
 pub(crate) const MARK_BACKEND: u8 = 1;
 
+/// The mark of a token whose dialog was begun as an emergency: it stays one to its end, though
+/// requests within carry neither the URN nor a Resource-Priority.
+pub(crate) const MARK_EMERGENCY: u8 = 2;
+
 struct Side {
     pin: Pin,
     to_backend: bool,
     begun_by_backend: bool,
+    emergency: bool,
 }
 
 /// Decides.
@@ -143,6 +151,7 @@ pub(crate) fn target<'a>(
         drop_last_route: false,
         add_route: None,
         begun_by_backend: false,
+        emergency: is_emergency(bytes, scan, uri),
         from_backend: false,
         keeper: None,
     };
@@ -178,6 +187,7 @@ pub(crate) fn target<'a>(
         }
     }
     let side = token.and_then(|token| side(bytes, scan, token, flow, call_id, router));
+    target.emergency |= side.as_ref().is_some_and(|side| side.emergency);
     let source = source_backend(message, router);
     target.begun_by_backend = match &side {
         Some(side) => side.begun_by_backend,
@@ -304,7 +314,12 @@ fn side(
         }
     };
     let begun_by_backend = mark & MARK_BACKEND != 0;
-    Some(Side { pin, to_backend: by_initiator != begun_by_backend, begun_by_backend })
+    Some(Side {
+        pin,
+        to_backend: by_initiator != begun_by_backend,
+        begun_by_backend,
+        emergency: mark & MARK_EMERGENCY != 0,
+    })
 }
 
 /// The backend that a message comes from, if it comes from one.

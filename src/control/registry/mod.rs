@@ -274,9 +274,8 @@ impl Registry {
             inner.model.get(pool, id).map_or(0, |lease| lease.registration.lease_ttl_ms)
         };
         self.after();
-        if beat.load.is_some() {
-            self.core.set_load(pool, id, beat.load);
-        }
+        // One that no longer says how loaded it is is not held to what it said before.
+        self.core.set_load(pool, id, beat.load);
         let (sessions, recent) = self.core.report(Instant::now(), pool, id).unwrap_or_default();
         Ok(BeatReply {
             ttl_ms,

@@ -380,6 +380,7 @@ async fn follow_files(inner: Arc<Inner>) {
     };
     let mut watched = wanted(&inner);
     let mut changes = watch::Watch::new(&watched.0);
+    let mut anew = false;
     let Ok(mut hangups) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())
     else {
         return;
@@ -389,11 +390,15 @@ async fn follow_files(inner: Arc<Inner>) {
         if now != watched {
             changes = watch::Watch::new(&now.0);
             watched = now;
+            // What came between the reload and the new watch made no event.
+            anew = true;
         }
         let asked = tokio::select! {
-            () = changes.changed() => false,
+            () = changes.changed(), if !anew => false,
+            () = std::future::ready(()), if anew => false,
             _ = hangups.recv() => true,
         };
+        anew = false;
         if asked || inner.differs() {
             service::reloading();
             let taken = inner.reload(if asked { "SIGHUP" } else { "file changed" });

@@ -282,6 +282,11 @@ impl BackendLive {
         self.requests.fetch_add(1, Relaxed);
     }
 
+    /// A request is in flight that another process sent.
+    pub(super) fn resume(&self) {
+        self.in_flight.fetch_add(1, SeqCst);
+    }
+
     /// Takes a slot if fewer than `limit` are taken (`held` of them by sessions).
     pub(super) fn try_begin(&self, limit: Option<u32>, held: u32) -> bool {
         let Some(limit) = limit else {

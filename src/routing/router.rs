@@ -473,6 +473,14 @@ impl Router for CoreRouter {
         self.freed(now, backend);
     }
 
+    fn resume(&mut self, _: Instant, backend: BackendId) {
+        // Not counted as a request: the other process counted it.
+        if let Some(live) = self.core.live(backend) {
+            live.resume();
+            *self.ledger.entry(backend).or_insert(0) += 1;
+        }
+    }
+
     fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>) {
         self.core.link(now, &self.snapshot, backend, link);
     }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use strowger::routing::CoreRouter;
+use strowger_contract::handover::{Clock, by_clock};
 use strowger_contract::{
     BackendId, CloseCause, Command, Context, Endpoint, Engine, LocalSocket, Message, Outbox,
     PeerChange, Protocol, RequestOutcome, Scope, Transport, WorkerId,
@@ -111,6 +112,9 @@ struct Link {
 
 struct Sim {
     world: World,
+    /// Makes the engine of a worker, in so many a process.
+    fresh: Box<dyn Fn(usize, u64) -> SipEngine>,
+    upgrades: u64,
     queue: Queue<Event>,
     workers: Vec<Worker>,
     out: Outbox,
@@ -144,21 +148,26 @@ pub(crate) fn simulate(seed: u64) {
         pool: Some(world.pool),
     };
     let options = SipOptions::default();
+    let fresh = Box::new(move |worker: usize, life: u64| {
+        Sip::engine(&Context {
+            worker: WorkerId(worker as u8),
+            workers: WORKERS as u8,
+            seed: (seed << 8 | worker as u64) ^ life << 40,
+            started: 1,
+            scope: &scope,
+            options: &options,
+        })
+    });
     let workers = (0..WORKERS)
         .map(|worker| Worker {
-            engine: Sip::engine(&Context {
-                worker: WorkerId(worker as u8),
-                workers: WORKERS as u8,
-                seed: seed << 8 | worker as u64,
-                started: 1,
-                scope: &scope,
-                options: &options,
-            }),
+            engine: fresh(worker, 0),
             router: world.core.router(WorkerId(worker as u8)),
         })
         .collect();
     let mut sim = Sim {
         world,
+        fresh,
+        upgrades: 0,
         queue: Queue::new(),
         workers,
         out: Outbox::new(),
@@ -260,6 +269,32 @@ impl Sim {
                 }
                 _ => return,
             }
+        }
+    }
+
+    /// Now and then another process takes over: all engines are new, with the old ones' state.
+    fn maybe_upgrade(&mut self) {
+        let mut dice = dice_for(self.world.seed, b"upgrade", self.world.us);
+        if !dice.percent(1) {
+            return;
+        }
+        self.upgrades += 1;
+        self.world.say(|| "upgrade".to_owned());
+        let now = self.world.now();
+        let old_clock = Clock { instant: now, nanos: 7_000_000_000 };
+        let saved: Vec<_> = self
+            .workers
+            .iter()
+            .map(|worker| by_clock(old_clock, || worker.engine.save()).expect("it knows how"))
+            .collect();
+        for (index, saved) in saved.iter().enumerate() {
+            let worker = &mut self.workers[index];
+            worker.router.abandon_all(now);
+            worker.engine = (self.fresh)(index, self.upgrades);
+            self.call(index, &mut |engine, now, router, out| {
+                let clock = Clock { instant: now, nanos: 7_000_000_000 };
+                by_clock(clock, || engine.restore(now, saved, router, out)).expect("it was saved");
+            });
         }
     }
 
@@ -527,6 +562,7 @@ impl Sim {
                 for event in self.world.core.tick(self.world.now()) {
                     self.world.say(|| format!("    {event:?}"));
                 }
+                self.maybe_upgrade();
                 self.queue.push(self.world.us + 100 * MS, Event::Tick);
             }
         }

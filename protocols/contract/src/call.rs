@@ -10,7 +10,9 @@ use crate::{BackendId, PoolId};
 pub const CALL_NAME_MAX: usize = 256;
 
 /// How far a call has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum CallPhase {
     /// It was asked for.
     Began,
@@ -21,7 +23,9 @@ pub enum CallPhase {
 }
 
 /// Who or what did something.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum CallSide {
     /// The side that began the call.
     Caller,
@@ -44,7 +48,7 @@ impl CallSide {
 }
 
 /// Why a call ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct CallEnd {
     /// Who ended it.
     pub by: CallSide,
@@ -53,12 +57,13 @@ pub struct CallEnd {
     pub code: u16,
     /// In a stable word: `bye`, `refused`, `cancelled`, `timeout`, `session_expired`, `lost`,
     /// `overload`.
-    pub cause: &'static str,
+    #[serde(with = "crate::handover::word")]
+    pub cause: crate::handover::Word,
 }
 
 /// One call as it stands. Built only where the listener's options ask for records, since it
 /// allocates.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct CallRecord {
     /// Names the call among all of this process's life: the same in each of its phases.
     pub id: u64,
@@ -83,6 +88,7 @@ pub struct CallRecord {
     /// How many instances were tried.
     pub tries: u8,
     /// When the first INVITE arrived.
+    #[serde(with = "crate::handover::moment")]
     pub began: Instant,
     /// From there to the first provisional answer over 100: the post-dial delay.
     pub first_provisional: Option<Duration>,

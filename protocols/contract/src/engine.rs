@@ -77,6 +77,30 @@ pub trait Engine {
     /// How much is under way: transactions, pending requests, spliced flows. A drain waits for 0.
     fn in_progress(&self) -> usize;
 
+    /// All that is under way, for a process that takes over ([`crate::handover::write`]). `None`: the
+    /// protocol knows no hand-over, and its connections stay with the old process. Called inside of
+    /// [`crate::handover::by_clock`]; nothing changes by it.
+    fn save(&self) -> Option<Vec<u8>> {
+        None
+    }
+
+    /// Takes over what another process's engine of the same worker [`Engine::save`]d, before anything
+    /// else happens. Numbers of flows, backends, pools and workers mean the same in both; requests that
+    /// are in flight at backends must be [`Router::resume`]d, links that are up be told again.
+    ///
+    /// # Errors
+    /// It cannot be read; the engine is as new.
+    fn restore(
+        &mut self,
+        now: Instant,
+        saved: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) -> Result<(), crate::handover::Broken> {
+        let _unused = (now, saved, router, out);
+        Err(crate::handover::Broken)
+    }
+
     /// Whether the listener should take no further connections on this worker for now (raw TCP's
     /// `backpressure`); asked before each accept.
     fn is_saturated(&self) -> bool {

@@ -19,7 +19,7 @@ pub struct Opened<'a> {
 }
 
 /// What is known of a peer. All of it was verified by the runtime, except where it says otherwise.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct PeerFacts {
     /// The certificate that it showed, if its chain leads to a configured authority.
     pub certificate: Option<Certificate>,
@@ -49,7 +49,7 @@ impl PeerFacts {
 }
 
 /// A verified certificate's names.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Certificate {
     /// The subject's common name; for logs and rules, never for identity checks (RFC 6125 6.4.4).
     pub common_name: Option<String>,
@@ -102,7 +102,7 @@ impl Certificate {
 }
 
 /// Who is behind a unix socket (unix(7), SO_PEERCRED).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Credentials {
     /// User.
     pub uid: u32,
@@ -113,7 +113,7 @@ pub struct Credentials {
 }
 
 /// What a trusted proxy told (the PROXY protocol, versions 1 and 2).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Proxied {
     /// The proxy itself.
     pub via: SocketAddr,

@@ -6,13 +6,17 @@
 pub const WORKERS_MAX: usize = 64;
 
 /// A worker: one thread with its own sockets and engines. `0..WORKERS_MAX`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct WorkerId(pub u8);
 
 /// A connection that a client opened to a listener.
 ///
 /// The worker that owns it is part of the number, so any worker can address any flow.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct FlowId(u64);
 
 impl FlowId {
@@ -61,15 +65,21 @@ impl std::fmt::Debug for FlowId {
 }
 
 /// A pool of backends, by name; kept through reloads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct PoolId(pub u32);
 
 /// One (pool, instance id, generation); kept through reloads, never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct BackendId(pub u32);
 
 /// A QoS class; an index into the snapshot's class table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct ClassId(pub u8);
 
 impl ClassId {
@@ -90,14 +100,18 @@ impl ClassId {
 }
 
 /// A request that waits for a slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct Ticket(pub u64);
 
 /// The stable name of one (pool, instance id, generation): the same on every node of a cluster and
 /// after every restart, and so what tokens and the session table's entries mean.
 ///
 /// 40 bits are used; zero is never a pin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct Pin(pub u64);
 
 impl Pin {

@@ -35,6 +35,7 @@ pub mod duration;
 pub mod engine;
 pub mod facts;
 pub mod framing;
+pub mod handover;
 pub mod ids;
 pub mod message;
 pub mod network;

@@ -6,7 +6,9 @@ use std::time::Instant;
 use crate::{BackendId, FlowId};
 
 /// How bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum Transport {
     /// Datagrams.
     Udp,
@@ -44,7 +46,9 @@ impl Transport {
 }
 
 /// One end of the edge's conversations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum Endpoint {
     /// Whoever is at `remote`, through datagram socket number `socket` of the listener
     /// (its place in [`crate::Scope::sockets`]). Backends behind UDP are addressed this way too.
@@ -87,7 +91,7 @@ pub struct Message<'a> {
 }
 
 /// What happened to a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum PeerChange {
     /// It is open: a client connected, or a link to a backend was established.
     Opened {
@@ -111,7 +115,9 @@ pub enum PeerChange {
 }
 
 /// Why a connection ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub enum CloseCause {
     /// The other side closed in order.
     End,

@@ -22,7 +22,7 @@ pub struct Frame {
 }
 
 /// How a connection is closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Closing {
     /// After all that is queued for it has been written.
     Flushed,
@@ -63,7 +63,7 @@ pub enum Command {
 }
 
 /// The times that a spliced flow keeps to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SpliceLimits {
     /// How long the connection to the backend may take.
     pub connect: Duration,

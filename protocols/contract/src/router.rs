@@ -58,6 +58,12 @@ pub trait Router {
     /// Ends what [`Verdict::Go`] began. Feeds health, latency and limits.
     fn outcome(&mut self, now: Instant, backend: BackendId, outcome: Outcome);
 
+    /// Takes a place in flight at a backend for a request that another process had sent there before
+    /// this one took over; [`Router::outcome`] ends it.
+    fn resume(&mut self, now: Instant, backend: BackendId) {
+        let _unused = (now, backend);
+    }
+
     /// Tells of a backend's stream link. Backends of protocols with [`crate::Links::Single`] take
     /// no message before their link is up.
     fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>);

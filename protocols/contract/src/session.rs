@@ -18,7 +18,9 @@ pub fn stable_hash(bytes: &[u8]) -> u64 {
 }
 
 /// What identifies a session to the routing core.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct SessionKey {
     /// The hash to place by.
     pub stable: u64,

@@ -320,4 +320,18 @@ impl Engine for DiameterEngine {
     fn in_progress(&self) -> usize {
         self.pending.len() + self.waiting.len()
     }
+
+    fn save(&self) -> Option<Vec<u8>> {
+        Some(self.saved())
+    }
+
+    fn restore(
+        &mut self,
+        now: Instant,
+        saved: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) -> Result<(), strowger_contract::handover::Broken> {
+        self.take_over(now, saved, router, out)
+    }
 }

@@ -32,6 +32,7 @@ pub mod dictionary;
 mod duplicates;
 mod engine;
 pub mod frame;
+mod handover;
 mod matching;
 pub mod mediation;
 mod onward;

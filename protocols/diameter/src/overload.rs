@@ -32,21 +32,22 @@ const LOAD_HOST: u32 = 0;
 const LOAD_PEER: u32 = 1;
 
 /// Who an overload report is about, with the application.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub(crate) enum About {
     Host(BackendId, u32),
     Realm(u64, PoolId, u32),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 struct Report {
     sequence: u64,
     reduction: u32,
+    #[serde(with = "strowger_contract::handover::moment")]
     until: Instant,
 }
 
 /// The overload reports that hold.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Reports {
     held: HashMap<About, Report>,
 }

@@ -40,7 +40,7 @@ const BUSY_PAUSE: u32 = 2;
 const UNWANTED_PAUSE: u32 = 20;
 
 /// Where a peer stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum State {
     /// Its CER or CEA is awaited.
     Introducing,
@@ -54,7 +54,7 @@ pub(crate) enum State {
 }
 
 /// The other end of a connection.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Peer {
     pub(crate) state: State,
     /// Its Origin-Host.
@@ -65,23 +65,36 @@ pub(crate) struct Peer {
     certificate: Option<Certificate>,
     remote: SocketAddr,
     local: SocketAddr,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) since: Instant,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) heard: Instant,
     /// The last answer to a request that was relayed.
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) answered: Instant,
     /// Since when it owes answers.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) owes: Option<Instant>,
     /// It owed answers for too long: a watchdog's answer alone does not bring it back before then.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) stalled_until: Option<Instant>,
     state_id: Option<u32>,
+    #[serde(skip)]
     pub(crate) buckets: Buckets,
+    #[serde(skip)]
     pub(crate) skew: Skew,
     /// A DWR of ours that is not answered.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) asked: Option<Instant>,
     pub(crate) watchdog: Duration,
 }
 
 impl Peer {
+    /// The other side's address, and ours.
+    pub(crate) fn addresses(&self) -> (SocketAddr, SocketAddr) {
+        (self.remote, self.local)
+    }
+
     /// Whether its certificate, if it showed one, stands for the Origin-Host that it tells (RFC 6733
     /// 13.1: peers authorise each other by what was authenticated).
     fn may_be(&self, host: &[u8]) -> bool {

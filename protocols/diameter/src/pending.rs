@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use strowger_contract::handover::Broken;
 use strowger_contract::{BackendId, ClassId, Endpoint, PoolId, SessionKey, WorkerId};
 
 /// Slots of one worker.
@@ -21,7 +22,7 @@ const BUFFER_KEPT_BYTES: usize = 8 << 10;
 const SLOTS_RESTING: usize = 1_024;
 
 /// A request under way.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Pending {
     /// Who asked, and its own identifier.
     pub(crate) origin: Endpoint,
@@ -51,9 +52,13 @@ pub(crate) struct Pending {
     pub(crate) application: u32,
     pub(crate) command: u32,
     pub(crate) class: ClassId,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) arrived: Instant,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) deadline: Instant,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) expires: Instant,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) sent: Instant,
     pub(crate) tried: [BackendId; TRIES_MAX],
     pub(crate) tries: u8,
@@ -149,6 +154,37 @@ impl Pendings {
             buffer.clear();
             self.buffers.push(buffer);
         }
+    }
+
+    /// All of them with their identifiers, for another process.
+    pub(crate) fn all(&self) -> Vec<(u32, &Pending)> {
+        let slots = self.slots.iter().zip(0u32..);
+        slots
+            .filter_map(|((generation, pending), slot)| {
+                Some((self.identifier(*generation, slot), pending.as_ref()?))
+            })
+            .collect()
+    }
+
+    /// Takes those of another process over, each under its own identifier.
+    pub(crate) fn take_over(&mut self, all: Vec<(u32, Pending)>) -> Result<(), Broken> {
+        for (identifier, pending) in all {
+            let slot = (identifier & (SLOTS_MAX - 1)) as usize;
+            let generation = (identifier >> 18) as u8;
+            if self.slots.len() <= slot {
+                self.slots.resize_with(slot + 1, || (0, None));
+            }
+            let entry = &mut self.slots[slot];
+            *entry = (generation, Some(pending));
+            let mine = identifier == self.identifier(generation, slot as u32);
+            if !mine {
+                return Err(Broken);
+            }
+        }
+        self.len = self.slots.iter().filter(|(_, pending)| pending.is_some()).count();
+        let free = self.slots.iter().enumerate().filter(|(_, (_, pending))| pending.is_none());
+        self.free = free.map(|(slot, _)| slot as u32).collect();
+        Ok(())
     }
 
     /// Looks at each.

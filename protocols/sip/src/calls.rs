@@ -32,10 +32,12 @@ const RECORDS_MAX: usize = 500_000;
 /// What a peer may be late with its refresh (RFC 4028 10: a third of the interval, at least 32 s).
 const REFRESH_GRACE: Duration = Duration::from_secs(32);
 
-struct Open {
+#[derive(serde::Serialize, serde::Deserialize)]
+pub(crate) struct Open {
     record: Box<CallRecord>,
     key: u64,
     generation: u32,
+    #[serde(with = "strowger_contract::handover::moment")]
     until: Instant,
 }
 
@@ -83,6 +85,22 @@ impl Calls {
             ended: None,
             end: None,
         })
+    }
+}
+
+/// What goes to another process.
+impl Calls {
+    pub(crate) fn all(&self) -> (u64, Vec<(u32, &Open)>) {
+        (self.next, self.open.iter().map(|(slot, open)| (slot as u32, open)).collect())
+    }
+
+    pub(crate) fn take_over(&mut self, next: u64, all: Vec<(u32, Open)>) -> Vec<(Instant, u64)> {
+        self.next = next;
+        self.generation = all.iter().map(|(_, open)| open.generation).max().unwrap_or(0);
+        self.keys = all.iter().map(|(slot, open)| (open.key, *slot)).collect();
+        let due = all.iter().map(|(slot, open)| (open.until, open.wheel_key(*slot))).collect();
+        self.open = all.into_iter().map(|(slot, open)| (slot as usize, open)).collect();
+        due
     }
 }
 

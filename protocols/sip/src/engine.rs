@@ -223,4 +223,18 @@ impl Engine for SipEngine {
     fn in_progress(&self) -> usize {
         self.transactions.len()
     }
+
+    fn save(&self) -> Option<Vec<u8>> {
+        Some(self.saved())
+    }
+
+    fn restore(
+        &mut self,
+        now: Instant,
+        saved: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) -> Result<(), strowger_contract::handover::Broken> {
+        self.take_over(now, saved, router, out)
+    }
 }

@@ -29,6 +29,7 @@ mod failures;
 mod finish;
 pub mod frame;
 mod guard;
+mod handover;
 mod incoming;
 pub mod limit;
 mod local;

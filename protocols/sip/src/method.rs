@@ -1,7 +1,9 @@
 //! Request methods: those that a proxy treats apart, and a bounded set of words for metrics.
 
 /// A method. Unknown ones pass as any other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 #[allow(missing_docs)]
 pub(crate) enum Method {
     Invite,

@@ -25,7 +25,7 @@ const BUFFER_KEPT_BYTES: usize = 16 << 10;
 const LISTS_KEPT: usize = 1_024;
 
 /// Where a transaction stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum State {
     /// No final answer yet.
     Open,
@@ -38,7 +38,7 @@ pub(crate) enum State {
 }
 
 /// Where a leg stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum LegState {
     /// Nothing was heard.
     Calling,
@@ -49,7 +49,7 @@ pub(crate) enum LegState {
 }
 
 /// Whether a leg is to be cancelled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Cancel {
     No,
     /// It is, but it has not yet said anything, so it cannot be told (9.1).
@@ -58,11 +58,13 @@ pub(crate) enum Cancel {
 }
 
 /// The request at one place.
+#[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct Leg {
     pub(crate) backend: Option<BackendId>,
     pub(crate) pin: Option<Pin>,
     pub(crate) to: Endpoint,
     pub(crate) address: SocketAddr,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) sent_at: Instant,
     /// The router awaits an outcome.
     pub(crate) owed: bool,
@@ -79,11 +81,14 @@ pub(crate) struct Leg {
     /// The request as it was sent.
     pub(crate) sent: Vec<u8>,
     /// Timers A, E, and E of our CANCEL.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) repeat_at: Option<Instant>,
     pub(crate) repeat_after: Duration,
     /// It must have given a sign of life by then.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) failover_at: Option<Instant>,
     /// Timers B, F, C.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) expires_at: Option<Instant>,
 }
 
@@ -108,16 +113,18 @@ impl Leg {
 }
 
 /// The best final answer so far (RFC 3261 16.7 step 6), as it will go to the client.
-#[derive(Default)]
+#[derive(Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Best {
     pub(crate) code: u16,
     pub(crate) backend: Option<BackendId>,
     /// Empty: the answer is one of our own.
     pub(crate) bytes: Vec<u8>,
-    pub(crate) reason: &'static str,
+    #[serde(with = "strowger_contract::handover::word")]
+    pub(crate) reason: strowger_contract::handover::Word,
 }
 
 /// A transaction.
+#[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct Transaction {
     pub(crate) generation: u32,
     pub(crate) key: u64,
@@ -133,7 +140,9 @@ pub(crate) struct Transaction {
     pub(crate) local: SocketAddr,
     pub(crate) from_backend: bool,
     pub(crate) class: ClassId,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) arrived: Instant,
+    #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) deadline: Instant,
     /// What the table knows its session by, and what it is placed by.
     pub(crate) session: SessionKey,
@@ -168,11 +177,14 @@ pub(crate) struct Transaction {
     pub(crate) request: Vec<u8>,
     pub(crate) reply: Vec<u8>,
     /// Timer G (towards the client).
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) repeat_at: Option<Instant>,
     pub(crate) repeat_after: Duration,
     /// Timers D, H, I, J, K, L, M: the end.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) ends_at: Option<Instant>,
     /// When the wheel will look at it.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) wakes_at: Option<Instant>,
 }
 
@@ -265,6 +277,17 @@ impl Transactions {
             buffer.clear();
             self.buffers.push(buffer);
         }
+    }
+
+    /// All of them with their slots, for another process.
+    pub(crate) fn all(&self) -> Vec<(u32, &Transaction)> {
+        self.slab.iter().map(|(slot, transaction)| (slot as u32, transaction)).collect()
+    }
+
+    /// Takes those of another process over, each in its own slot: branches name them.
+    pub(crate) fn take_over(&mut self, all: Vec<(u32, Transaction)>) {
+        self.keys = all.iter().map(|(slot, transaction)| (transaction.key, *slot)).collect();
+        self.slab = all.into_iter().map(|(slot, it)| (slot as usize, it)).collect();
     }
 
     /// A number for a new transaction.

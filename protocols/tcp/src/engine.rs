@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use strowger_contract::handover::{Broken, read, write};
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
     BackendId, ClassId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message, Note,
@@ -21,14 +22,16 @@ const TRIES_MAX: usize = 4;
 const PARKED_EVERY: Duration = Duration::from_millis(10);
 
 /// One flow.
-#[derive(Debug)]
+#[derive(Debug, serde::Serialize, serde::Deserialize)]
 struct Flow {
+    #[serde(with = "strowger_contract::handover::moment")]
     arrived: Instant,
     session: SessionKey,
     pool: PoolId,
     tried: Vec<BackendId>,
     /// The backend that it is, or is being, joined to; the router awaits its outcome.
     backend: Option<BackendId>,
+    #[serde(with = "strowger_contract::handover::moment")]
     began: Instant,
     /// It waits for a slot.
     ticket: Option<Ticket>,
@@ -414,5 +417,27 @@ impl Engine for TcpEngine {
 
     fn in_progress(&self) -> usize {
         self.flows.len()
+    }
+
+    /// Flows that are joined. Those that are not begin anew there: nothing was passed yet.
+    fn save(&self) -> Option<Vec<u8>> {
+        let joined = self.flows.iter().filter(|(_, flow)| flow.joined.is_some());
+        Some(write(&joined.collect::<Vec<_>>()))
+    }
+
+    fn restore(
+        &mut self,
+        now: Instant,
+        saved: &[u8],
+        router: &mut dyn Router,
+        _: &mut Outbox,
+    ) -> Result<(), Broken> {
+        for (id, flow) in read::<Vec<(FlowId, Flow)>>(saved)? {
+            if let Some(backend) = flow.backend {
+                router.resume(now, backend);
+            }
+            self.flows.insert(id, flow);
+        }
+        Ok(())
     }
 }

@@ -1,0 +1,130 @@
+//! What goes to another process: peers as they stand, requests under way, and what servers told of
+//! their load. Answers that were kept for resent requests, rates and the peers' clocks begin anew.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+use strowger_contract::handover::{Broken, read, write};
+use strowger_contract::{BackendId, Endpoint, FlowId, Message, Outbox, Router, Transport};
+
+use crate::engine::DiameterEngine;
+use crate::overload::Reports;
+use crate::peer::{Peer, State};
+use crate::pending::{Pending, TRIES_MAX};
+
+/// Borrowed where it is written, owned where it is read; the same bytes.
+#[derive(Serialize)]
+struct Saved<'a> {
+    clients: &'a HashMap<FlowId, Peer>,
+    backends: &'a HashMap<BackendId, Peer>,
+    pending: Vec<(u32, &'a Pending)>,
+    waiting: Vec<&'a Pending>,
+    reports: &'a Reports,
+    states: &'a HashMap<BackendId, u32>,
+    given_up: &'a HashSet<BackendId>,
+    end_to_end: u32,
+}
+
+#[derive(Deserialize)]
+struct Restored {
+    clients: HashMap<FlowId, Peer>,
+    backends: HashMap<BackendId, Peer>,
+    pending: Vec<(u32, Pending)>,
+    waiting: Vec<Pending>,
+    reports: Reports,
+    states: HashMap<BackendId, u32>,
+    given_up: HashSet<BackendId>,
+    end_to_end: u32,
+}
+
+impl Restored {
+    fn is_sound(&self) -> bool {
+        let sound = |pending: &Pending| usize::from(pending.tries) <= TRIES_MAX;
+        self.pending.iter().all(|(_, pending)| sound(pending)) && self.waiting.iter().all(sound)
+    }
+}
+
+impl DiameterEngine {
+    pub(crate) fn saved(&self) -> Vec<u8> {
+        write(&Saved {
+            clients: &self.clients,
+            backends: &self.backends,
+            pending: self.pending.all(),
+            waiting: self.waiting.values().map(|pending| &**pending).collect(),
+            reports: &self.reports,
+            states: &self.states,
+            given_up: &self.given_up,
+            end_to_end: self.end_to_end,
+        })
+    }
+
+    pub(crate) fn take_over(
+        &mut self,
+        now: Instant,
+        saved: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) -> Result<(), Broken> {
+        let saved: Restored = read(saved)?;
+        if !saved.is_sound() {
+            return Err(Broken);
+        }
+        let expiries: Vec<(u32, Instant, Option<BackendId>)> = saved
+            .pending
+            .iter()
+            .map(|(identifier, pending)| (*identifier, pending.expires, pending.backend))
+            .collect();
+        self.pending.take_over(saved.pending)?;
+        for (identifier, expires, backend) in expiries {
+            self.schedule(now, expires, identifier);
+            if let Some(backend) = backend {
+                router.resume(now, backend);
+            }
+        }
+        (self.clients, self.backends) = (saved.clients, saved.backends);
+        (self.reports, self.states) = (saved.reports, saved.states);
+        (self.given_up, self.end_to_end) = (saved.given_up, saved.end_to_end);
+        self.introduce_peers(now, router);
+        for pending in saved.waiting {
+            self.ask_again(now, &pending, router, out);
+        }
+        self.arm_upkeep(now);
+        Ok(())
+    }
+
+    /// Tells the core and operators of the peers.
+    fn introduce_peers(&mut self, now: Instant, router: &mut dyn Router) {
+        let clients = self.clients.keys().map(|&flow| Endpoint::Client(flow));
+        let backends = self.backends.keys().map(|&backend| Endpoint::Backend(backend));
+        for endpoint in clients.chain(backends).collect::<Vec<_>>() {
+            match self.peer(endpoint).map(|peer| peer.state) {
+                Some(State::Open) => self.open(now, endpoint, router),
+                Some(_) => self.report(endpoint, router),
+                None => {}
+            }
+        }
+    }
+
+    /// A request that waited in the other process's queue is placed as if it had come just now.
+    fn ask_again(
+        &mut self,
+        now: Instant,
+        pending: &Pending,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Some((remote, local)) = self.peer(pending.origin).map(|peer| peer.addresses()) else {
+            return;
+        };
+        let message = Message {
+            from: pending.origin,
+            transport: Transport::Tcp,
+            remote,
+            local,
+            arrived: pending.arrived,
+            bytes: &pending.request,
+        };
+        self.dispatch(now, &message, router, out);
+    }
+}

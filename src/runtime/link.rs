@@ -125,16 +125,17 @@ impl LinkTable {
         }
     }
 
-    /// The link is down; how long to pause.
+    /// The link is down; how long to pause. Only one that `worked` starts the pauses anew: a port
+    /// that accepts and closes again must not be dialed ten times a second for ever.
     fn failed(
         &mut self,
         backend: BackendId,
-        was_open: bool,
+        worked: bool,
         cause: CloseCause,
         now: Instant,
         failures: u32,
     ) -> Duration {
-        let failures = if was_open { 1 } else { failures + 1 };
+        let failures = if worked { 1 } else { failures + 1 };
         let pause = (BACK_OFF_FIRST * 2u32.saturating_pow(failures.min(10) - 1)).min(BACK_OFF_MAX);
         self.links.insert(backend, LinkState::Paused { until: now + pause, failures, cause });
         pause
@@ -215,13 +216,14 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
     let Dialed { stream, address, local, transport, facts } =
         match open(host, backend, timeout).await {
             Ok(dialed) => dialed,
-            Err(cause) => return link_down(host, backend, false, cause, failures),
+            Err(cause) => return link_down(host, backend, None, cause, failures),
         };
     let connection = Connection::new(stream, peer, address, local, transport);
     let waiting = host.state().links.opened(backend, Rc::clone(&connection));
     host.shared.event(NodeEvent::LinkUp { backend: host.shared.backend_name(backend) });
     if P::LINKS == Links::PerWorker {
         // The transport is all there is to such a link; others introduce themselves first.
+        connection.proven.set(true);
         let up = Link::Up { identity: &[], capabilities: &[] };
         host.state().router.link(Instant::now(), backend, up);
     }
@@ -235,19 +237,21 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
     if connection.congested.get() {
         host.shared.core.set_congested(backend, false);
     }
-    link_down(host, backend, true, cause, 0)
+    link_down(host, backend, Some(&*connection), cause, failures)
 }
 
 fn link_down<P: Protocol>(
     host: &Rc<Host<P>>,
     backend: BackendId,
-    was_open: bool,
+    connection: Option<&Connection>,
     cause: CloseCause,
     failures: u32,
 ) -> Duration {
     let now = Instant::now();
     let peer = Endpoint::Backend(backend);
-    let pause = host.state().links.failed(backend, was_open, cause, now, failures);
+    let was_open = connection.is_some();
+    let worked = connection.is_some_and(|connection| connection.proven.get());
+    let pause = host.state().links.failed(backend, worked, cause, now, failures);
     if P::LINKS == Links::Single || cause.is_far_fault() {
         host.state().router.link(now, backend, Link::Down(cause));
     }

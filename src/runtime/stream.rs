@@ -41,6 +41,8 @@ pub(crate) struct Connection {
     pub(crate) dirty: Cell<bool>,
     /// The core was told that this link is congested.
     pub(crate) congested: Cell<bool>,
+    /// A link's engine has found the other side to be what it should be.
+    pub(crate) proven: Cell<bool>,
     kick: Kick,
 }
 
@@ -112,6 +114,7 @@ impl Connection {
             splice: Cell::new(None),
             dirty: Cell::new(false),
             congested: Cell::new(false),
+            proven: Cell::new(false),
             kick: Kick::default(),
         })
     }

@@ -207,7 +207,14 @@ fn subscription(imsi: &str) -> Vec<u8> {
     avp
 }
 
-fn gx(host: &str, session: &str, kind: u32, imsi: &str, ip: u32, number: u32) -> Vec<u8> {
+pub(crate) fn gx(
+    host: &str,
+    session: &str,
+    kind: u32,
+    imsi: &str,
+    ip: u32,
+    number: u32,
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     Builder::request(&mut bytes, CCR, GX, number, number)
         .text(code::SESSION_ID, session)

@@ -8,6 +8,7 @@ mod demo;
 mod diameter;
 mod diameter_agent;
 mod diameter_limits;
+mod diameter_links;
 mod diameter_peers;
 mod harness;
 mod load;

@@ -272,6 +272,7 @@ impl Sim {
                     let until = self.world.us + lasting.as_micros() as u64;
                     self.paused.insert(*backend, until);
                 }
+                Command::Proven(Endpoint::Backend(_)) => {}
                 other => panic!("{other:?}"),
             }
         }

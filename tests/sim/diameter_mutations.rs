@@ -182,7 +182,7 @@ impl Bench {
                     self.sent += 1;
                 }
                 Command::Close(Endpoint::Client(_), _) => self.closed = true,
-                Command::Close(..) | Command::HoldOff(..) => {}
+                Command::Close(..) | Command::HoldOff(..) | Command::Proven(_) => {}
                 other => panic!("{other:?}"),
             }
         }

@@ -10,6 +10,10 @@
 
 mod diameter;
 mod diameter_mutations;
+mod diameter_waits;
+#[allow(dead_code, unreachable_pub, reason = "other tests use more of it")]
+#[path = "../support/rig.rs"]
+mod rig;
 mod sip;
 mod sip_cases;
 mod world;

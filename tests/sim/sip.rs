@@ -333,7 +333,10 @@ impl Sim {
                         (*from, *transport, *remote, *local, *arrived, bytes),
                     ));
                 }
-                Command::Close(..) | Command::HoldOff(..) | Command::Splice(..) => {
+                Command::Close(..)
+                | Command::HoldOff(..)
+                | Command::Proven(_)
+                | Command::Splice(..) => {
                     panic!("{command:?}")
                 }
             }

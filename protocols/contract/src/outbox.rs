@@ -56,6 +56,8 @@ pub enum Command {
     Close(Endpoint, Closing),
     /// After its link's end, leave a backend alone for so long.
     HoldOff(Endpoint, Duration),
+    /// A backend's link works: the pauses before it is dialed again start anew.
+    Proven(Endpoint),
     /// Join a client's flow to a fresh connection to a backend and pass bytes untouched.
     /// [`crate::PeerChange::Joined`] or [`crate::PeerChange::JoinFailed`] follows, and in the end
     /// one [`crate::PeerChange::Closed`] for the flow.
@@ -226,6 +228,12 @@ impl Outbox {
     /// After its link's end, leaves a backend alone for so long.
     pub fn hold_off(&mut self, backend: Endpoint, lasting: Duration) {
         self.commands.push(Command::HoldOff(backend, lasting));
+    }
+
+    /// A backend's link works, as its own protocol sees it: the next pause before it is dialed again
+    /// is a short one. Until this was said, each end of the link makes the pauses longer.
+    pub fn proven(&mut self, backend: Endpoint) {
+        self.commands.push(Command::Proven(backend));
     }
 
     /// Joins a client's flow to a backend.

@@ -12,7 +12,7 @@ use crate::classify;
 use crate::duplicates;
 use crate::engine::DiameterEngine;
 use crate::mediation::Applied;
-use crate::onward::header_of;
+use crate::onward::{header_of, unbind_refused};
 use crate::overload::{self, About, realm_hash};
 use crate::pending::{Pending, Pendings};
 use crate::redirect::{self, Indication};
@@ -289,13 +289,7 @@ impl DiameterEngine {
         out: &mut Outbox,
     ) {
         self.answer_with(&pending, what, out);
-        if pending.binds
-            && let Some(session) = pending.session
-        {
-            // Its client was told that the session does not exist.
-            router.unbind(now, session);
-            router.forget(now, session);
-        }
+        unbind_refused(now, &pending, router);
         note(now, pending.arrived, pending.class, outcome, None, Duration::ZERO, out);
         self.pending.recycle(pending.request);
     }

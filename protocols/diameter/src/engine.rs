@@ -233,7 +233,7 @@ impl Engine for DiameterEngine {
         out: &mut Outbox,
     ) {
         match self.waiting.remove(&ticket) {
-            Some(pending) => self.go(now, *pending, route.backend, router, out),
+            Some(pending) => self.granted(now, *pending, route, router, out),
             None => router.outcome(now, route.backend, Outcome::Abandoned),
         }
     }
@@ -243,11 +243,11 @@ impl Engine for DiameterEngine {
         now: Instant,
         ticket: Ticket,
         refusal: Refusal,
-        _: &mut dyn Router,
+        router: &mut dyn Router,
         out: &mut Outbox,
     ) {
         if let Some(pending) = self.waiting.remove(&ticket) {
-            self.refuse_pending(now, *pending, refusal, out);
+            self.refuse_pending(now, *pending, refusal, router, out);
         }
     }
 

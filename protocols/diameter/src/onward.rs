@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use strowger_contract::{
     BackendId, ClassId, Endpoint, Note, Outbox, Outcome, Pin, PoolId, Query, Rate, Refusal,
-    RequestOutcome, RouteReason, Router, SessionKey, Ticket, Verdict,
+    RequestOutcome, Route, RouteReason, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::SPACE;
@@ -23,6 +23,9 @@ use crate::subscriber::{Keys, Subscriber};
 /// Backends that are passed over for one request because they are full, at most, besides those that
 /// were tried.
 const PASSED_MAX: usize = 8;
+
+/// What those hear that no backend may be sent now.
+const BUSY: Refusal = Refusal::Overloaded { retry_after: std::time::Duration::from_secs(1) };
 
 /// What the router said, after all that a peer's limits say.
 enum Choice {
@@ -135,16 +138,51 @@ impl DiameterEngine {
         {
             choice = self.choose(now, &pending, None, true, router);
         }
+        self.follow(now, pending, choice, router, out);
+    }
+
+    /// Does with a request what was chosen for it.
+    fn follow(
+        &mut self,
+        now: Instant,
+        pending: Pending,
+        choice: Choice,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
         match choice {
             Choice::Go(backend) if pending.binds => {
-                self.bind_and_go(now, pending, backend, &keys, router, out);
+                self.bind_and_go(now, pending, backend, router, out);
             }
             Choice::Go(backend) => self.go(now, pending, backend, router, out),
             Choice::Wait(ticket) => {
                 self.waiting.insert(ticket, Box::new(pending));
             }
-            Choice::No(refusal) => self.refuse_pending(now, pending, refusal, out),
+            Choice::No(refusal) => self.refuse_pending(now, pending, refusal, router, out),
         }
+    }
+
+    /// A request that waited may go to a backend: if that one may be sent more by now, else to
+    /// another. While it waited, a session of its subscriber may have been bound elsewhere.
+    pub(crate) fn granted(
+        &mut self,
+        now: Instant,
+        pending: Pending,
+        route: Route,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        if self.may_leave(now, &pending, route.backend, router) {
+            return self.follow(now, pending, Choice::Go(route.backend), router, out);
+        }
+        router.outcome(now, route.backend, Outcome::Abandoned);
+        let bound = pending.in_session || pending.fixed || route.reason != RouteReason::Balanced;
+        let choice = if bound {
+            Choice::No(BUSY)
+        } else {
+            self.choose_but(now, &pending, (None, Some(route.backend)), false, router)
+        };
+        self.follow(now, pending, choice, router, out);
     }
 
     /// What one connection may send in a second. Emergencies always may.
@@ -289,11 +327,13 @@ impl DiameterEngine {
         now: Instant,
         pending: Pending,
         backend: BackendId,
-        keys: &Keys,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let holder = bind(now, &pending, keys, backend, false, router);
+        let keys = keys_of(&pending, router);
+        // One that was elsewhere before takes its subscriber along: it was lost or refused there.
+        let moves = pending.tries > 0;
+        let holder = bind(now, &pending, &keys, backend, moves, router);
         if holder == backend {
             return self.go(now, pending, backend, router, out);
         }
@@ -302,13 +342,13 @@ impl DiameterEngine {
         let pin = router.backend(holder).map(|view| view.pin);
         match self.choose(now, &pending, pin, false, router) {
             Choice::Go(backend) => {
-                bind(now, &pending, keys, backend, backend != holder, router);
+                bind(now, &pending, &keys, backend, backend != holder, router);
                 self.go(now, pending, backend, router, out);
             }
             Choice::Wait(ticket) => {
                 self.waiting.insert(ticket, Box::new(pending));
             }
-            Choice::No(refusal) => self.refuse_pending(now, pending, refusal, out),
+            Choice::No(refusal) => self.refuse_pending(now, pending, refusal, router, out),
         }
     }
 
@@ -321,12 +361,25 @@ impl DiameterEngine {
         strict: bool,
         router: &mut dyn Router,
     ) -> Choice {
+        self.choose_but(now, pending, (pin, None), strict, router)
+    }
+
+    /// The same, passing over one more.
+    fn choose_but(
+        &mut self,
+        now: Instant,
+        pending: &Pending,
+        (pin, but): (Option<Pin>, Option<BackendId>),
+        strict: bool,
+        router: &mut dyn Router,
+    ) -> Choice {
         let tries = usize::from(pending.tries).min(TRIES_MAX);
         let Some(pool) = pending.pool else { return Choice::No(Refusal::NoBackend) };
-        let mut passed = [BackendId(0); TRIES_MAX + PASSED_MAX];
+        let mut passed = [BackendId(0); TRIES_MAX + 1 + PASSED_MAX];
         passed[..tries].copy_from_slice(&pending.tried[..tries]);
-        let busy = Refusal::Overloaded { retry_after: std::time::Duration::from_secs(1) };
-        for count in tries..=tries + PASSED_MAX {
+        let first = tries + usize::from(but.is_some());
+        passed[tries] = but.unwrap_or(BackendId(0));
+        for count in first..=first + PASSED_MAX {
             let query = Query {
                 pool,
                 session: pending.place,
@@ -347,16 +400,16 @@ impl DiameterEngine {
                     router.outcome(now, route.backend, Outcome::Abandoned);
                     let bound = strict || route.reason == RouteReason::Table;
                     let Some(place) = passed.get_mut(count).filter(|_| !bound) else {
-                        return Choice::No(busy);
+                        return Choice::No(BUSY);
                     };
                     *place = route.backend;
                 }
                 Verdict::Wait(ticket) => return Choice::Wait(ticket),
-                Verdict::Refuse(_) if count > tries => return Choice::No(busy),
+                Verdict::Refuse(_) if count > tries => return Choice::No(BUSY),
                 Verdict::Refuse(refusal) => return Choice::No(refusal),
             }
         }
-        Choice::No(busy)
+        Choice::No(BUSY)
     }
 
     /// Whether a backend may be sent one more now: its bulkhead, its rate, its overload reports.
@@ -487,13 +540,7 @@ impl DiameterEngine {
         match self.choose(now, &pending, pin, strict, router) {
             Choice::Go(backend) => {
                 out.note(Note::Retry(why));
-                if pending.binds
-                    && let Some(pool) = pending.pool
-                {
-                    let keys = Subscriber::of(&pending.request).keys(pool, router);
-                    bind(now, &pending, &keys, backend, true, router);
-                }
-                self.go(now, pending, backend, router, out);
+                self.follow(now, pending, Choice::Go(backend), router, out);
             }
             Choice::Wait(ticket) => {
                 out.note(Note::Retry(why));
@@ -510,8 +557,10 @@ impl DiameterEngine {
         now: Instant,
         pending: Pending,
         refusal: Refusal,
+        router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        unbind_refused(now, &pending, router);
         out.note(Note::Refused(pending.class, refusal));
         let what = if pending.follows && pending.fixed {
             (result::UNABLE_TO_DELIVER, "the server that has this subscriber cannot be reached")
@@ -524,6 +573,22 @@ impl DiameterEngine {
         note(now, arrived, class, outcome, None, std::time::Duration::ZERO, out);
         self.pending.recycle(pending.request);
     }
+}
+
+/// The client was told that a session does not exist, or will never hear of it: it binds nobody.
+pub(crate) fn unbind_refused(now: Instant, pending: &Pending, router: &mut dyn Router) {
+    if pending.binds
+        && let Some(session) = pending.session
+    {
+        router.unbind(now, session);
+        router.forget(now, session);
+    }
+}
+
+/// The names of a request's subscriber.
+fn keys_of(pending: &Pending, router: &dyn Router) -> Keys {
+    let pool = pending.pool;
+    pool.map_or_else(Keys::default, |pool| Subscriber::of(&pending.request).keys(pool, router))
 }
 
 /// Notes whose the subscriber is; who has it.

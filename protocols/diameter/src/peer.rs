@@ -14,6 +14,7 @@ use crate::answer::result;
 use crate::avp::{Avps, FLAG_ERROR, FLAG_REQUEST, Header, VENDOR_3GPP, code};
 use crate::build::Builder;
 use crate::engine::DiameterEngine;
+use crate::onward::unbind_refused;
 use crate::overload::Buckets;
 use crate::watchdog::Skew;
 
@@ -305,7 +306,10 @@ impl DiameterEngine {
         self.note_state(now, from, bytes, router, out);
         let Some(peer) = self.peer(from) else { return };
         match peer.state {
-            State::Reopening(left) if left <= 1 => self.open(now, from, router),
+            State::Reopening(left) if left <= 1 => {
+                out.proven(from);
+                self.open(now, from, router);
+            }
             State::Reopening(left) => peer.state = State::Reopening(left - 1),
             _ => {}
         }
@@ -500,6 +504,7 @@ impl DiameterEngine {
             self.report(from, router);
             return self.ask(now, from, out);
         }
+        out.proven(from);
         self.open(now, from, router);
     }
 
@@ -577,6 +582,7 @@ impl DiameterEngine {
         for ticket in given_up {
             router.withdraw(now, ticket);
             if let Some(pending) = self.waiting.remove(&ticket) {
+                unbind_refused(now, &pending, router);
                 self.pending.recycle(pending.request);
             }
         }

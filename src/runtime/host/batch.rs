@@ -217,7 +217,12 @@ impl<P: Protocol> Batch<'_, P> {
             Command::HoldOff(Endpoint::Backend(backend), lasting) => {
                 self.state.links.hold_off(*backend, self.now + *lasting);
             }
-            Command::HoldOff(..) => {}
+            Command::Proven(Endpoint::Backend(backend)) => {
+                if let Some(connection) = self.state.links.open(*backend) {
+                    connection.proven.set(true);
+                }
+            }
+            Command::HoldOff(..) | Command::Proven(_) => {}
             Command::Splice(flow, backend, limits) => {
                 if let Some(connection) = self.state.flows.get(*flow) {
                     connection.splice_to(*backend, *limits);

@@ -1,0 +1,223 @@
+//! Requests that wait for a slot: where they go then is decided anew.
+
+use std::time::Duration;
+
+use strowger_contract::{
+    BackendId, Command, Endpoint, Engine, FlowId, PeerChange, Router, Transport, WorkerId,
+};
+use strowger_diameter::Diameter;
+use strowger_diameter::avp::{FLAG_REQUEST, Header, Summary, code};
+use strowger_diameter::build::{Builder, append};
+
+use crate::rig::Rig;
+
+const GX: u32 = 16_777_238;
+
+struct Bench {
+    rig: Rig<Diameter>,
+    client: Endpoint,
+    /// What went to backends: backend, Session-Id, header.
+    sent: Vec<(BackendId, String, Header)>,
+    /// What came back: Session-Id, Result-Code.
+    answers: Vec<(String, u32)>,
+}
+
+impl Bench {
+    fn new(options: &str, capacity: u32) -> Self {
+        let yaml = format!(
+            "version: 1\nclasses: {{ setup: {{ deadline: 5s }} }}\nlisteners:\n  - {{ name: d, protocol: diameter, bind: [tcp://127.0.0.1:3868], pool: p, options: {{ origin_host: edge.example.net, origin_realm: example.net{options} }} }}\npools:\n  p:\n    balance: round-robin\n    bind_keys: [imsi]\n    backends:\n      - {{ id: a, address: tcp://127.0.0.1:3871, capacity: {capacity} }}\n      - {{ id: b, address: tcp://127.0.0.1:3872, capacity: {capacity} }}\n"
+        );
+        let client = Endpoint::Client(FlowId::new(WorkerId(0), 1, 1));
+        let rig = Rig::<Diameter>::new(&yaml, 1);
+        let mut bench = Self { rig, client, sent: Vec::new(), answers: Vec::new() };
+        for id in ["a", "b"] {
+            let backend = Endpoint::Backend(bench.backend(id));
+            bench.connect(backend, 0, id);
+        }
+        bench.connect(client, FLAG_REQUEST, "client");
+        bench
+    }
+
+    fn backend(&self, id: &str) -> BackendId {
+        self.rig.backend("p", id).expect("it is in the pool")
+    }
+
+    fn connect(&mut self, peer: Endpoint, flags: u8, host: &str) {
+        let remote = ([127, 0, 0, 1], 4_000).into();
+        let change = PeerChange::Opened { remote, local: remote, transport: Transport::Tcp };
+        self.rig.peer(peer, change);
+        self.settle();
+        let mut bytes = Vec::new();
+        let mut builder = Builder::new(&mut bytes, flags, 257, 0, 1, 1);
+        if flags == 0 {
+            builder = builder.number(code::RESULT_CODE, 2_001);
+        }
+        builder
+            .text(code::ORIGIN_HOST, &format!("{host}.example.net"))
+            .text(code::ORIGIN_REALM, "example.net")
+            .application(u32::MAX)
+            .finish();
+        self.rig.message(peer, &bytes);
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        for command in self.rig.out.commands() {
+            let Command::Send(frame) = command else { continue };
+            let bytes = self.rig.out.bytes(&frame.bytes);
+            let (header, summary) = (Header::read(bytes).expect("a header"), Summary::of(bytes));
+            let session = String::from_utf8_lossy(summary.session_id.unwrap_or_default());
+            match frame.to {
+                Endpoint::Backend(backend) if header.application != 0 => {
+                    self.sent.push((backend, session.into_owned(), header));
+                }
+                Endpoint::Client(_) if header.application != 0 => {
+                    self.answers.push((session.into_owned(), summary.result_code.unwrap_or(0)));
+                }
+                _ => {}
+            }
+        }
+        self.rig.out.clear();
+    }
+
+    /// A CCR-I of a subscriber.
+    fn begin(&mut self, session: &str, imsi: &str, number: u32) {
+        let (mut bytes, mut group) = (Vec::new(), Vec::new());
+        append(&mut group, 450, 0x40, &1u32.to_be_bytes());
+        append(&mut group, 444, 0x40, imsi.as_bytes());
+        Builder::request(&mut bytes, 272, GX, number, number)
+            .text(code::SESSION_ID, session)
+            .text(code::ORIGIN_HOST, "client.example.net")
+            .text(code::ORIGIN_REALM, "example.net")
+            .text(code::DESTINATION_REALM, "example.net")
+            .number(code::CC_REQUEST_TYPE, 1)
+            .bytes(443, &group)
+            .finish();
+        self.rig.message(self.client, &bytes);
+        self.settle();
+    }
+
+    /// The backend answers its request of a session.
+    fn answer(&mut self, session: &str, result: u32) {
+        let at = self.sent.iter().rposition(|(_, of, _)| of == session).expect("it was sent");
+        let (backend, _, header) = self.sent[at].clone();
+        let mut bytes = Vec::new();
+        let (hop, end) = (header.hop_by_hop, header.end_to_end);
+        Builder::new(&mut bytes, 0x40, header.command, header.application, hop, end)
+            .text(code::SESSION_ID, session)
+            .number(code::RESULT_CODE, result)
+            .text(code::ORIGIN_HOST, "x.example.net")
+            .text(code::ORIGIN_REALM, "example.net")
+            .finish();
+        self.rig.message(Endpoint::Backend(backend), &bytes);
+        self.settle();
+    }
+
+    /// The runtime gives those their slots that wait.
+    fn grant(&mut self) {
+        loop {
+            let mut grants = Vec::new();
+            self.rig.router.grants(self.rig.now, &mut grants);
+            if grants.is_empty() {
+                return;
+            }
+            for grant in grants {
+                let Rig { engine, router, out, now, .. } = &mut self.rig;
+                match grant {
+                    strowger::routing::Grant::Go(ticket, route) => {
+                        engine.on_granted(*now, ticket, route, router, out);
+                    }
+                    strowger::routing::Grant::Refuse(ticket, refusal) => {
+                        engine.on_refused(*now, ticket, refusal, router, out);
+                    }
+                }
+                self.settle();
+            }
+        }
+    }
+
+    fn owner(&self, session: &str) -> Option<BackendId> {
+        let found = self.sent.iter().rfind(|(_, of, _)| of == session);
+        found.map(|(backend, ..)| *backend)
+    }
+
+    fn in_flight(&self, id: &str) -> u32 {
+        let backend = self.rig.router.backend(self.backend(id)).expect("it is there");
+        backend.in_flight
+    }
+}
+
+/// Two sessions of one subscriber wait; two slots become free at once, at different servers. The
+/// second one follows the first.
+#[test]
+fn sessions_of_one_subscriber_that_waited_go_to_one_server() {
+    let mut bench = Bench::new("", 1);
+    bench.begin("one", "001", 1);
+    bench.begin("two", "002", 2);
+    let (one, two) = (bench.owner("one"), bench.owner("two"));
+    assert!(one.is_some() && two.is_some() && one != two, "{one:?} {two:?}");
+    bench.begin("first", "003", 3);
+    bench.begin("second", "003", 4);
+    assert_eq!(bench.rig.engine.in_progress(), 4);
+    assert_eq!((bench.owner("first"), bench.owner("second")), (None, None), "they wait");
+    bench.answer("one", 2_001);
+    bench.answer("two", 2_001);
+    bench.grant();
+    let gone: Vec<&str> =
+        ["first", "second"].into_iter().filter(|session| bench.owner(session).is_some()).collect();
+    let [one] = gone[..] else { panic!("{gone:?} went: the other's server has no slot") };
+    let first = bench.owner(one).expect("it has gone");
+    let other = if one == "first" { "second" } else { "first" };
+    bench.answer(one, 2_001);
+    bench.grant();
+    assert_eq!(bench.owner(other), Some(first));
+    bench.answer(other, 2_001);
+    // What comes later follows both.
+    for (number, session) in [(5, "third"), (6, "fourth")] {
+        bench.begin(session, "003", number);
+        assert_eq!(bench.owner(session), Some(first));
+        bench.answer(session, 2_001);
+    }
+    assert_eq!(bench.answers.len(), 6);
+    assert_eq!((bench.in_flight("a"), bench.in_flight("b")), (0, 0));
+    assert_eq!(bench.rig.engine.in_progress(), 0);
+}
+
+/// A session that was refused after its wait binds nobody.
+#[test]
+fn one_that_waited_in_vain_leaves_no_binding() {
+    let mut bench = Bench::new("", 1);
+    bench.begin("one", "001", 1);
+    bench.begin("two", "002", 2);
+    bench.begin("late", "003", 3);
+    bench.rig.pass(Duration::from_secs(6), |_| {});
+    bench.grant();
+    assert_eq!(bench.owner("late"), None);
+    assert!(bench.answers.iter().any(|(session, result)| session == "late" && *result == 3_004));
+    assert_eq!(bench.rig.core.bindings_view().map(|totals| totals.live), Some(2));
+}
+
+/// A server that was granted but may not be sent more by its rate is passed over.
+#[test]
+fn a_grant_over_the_rate_goes_elsewhere() {
+    let mut bench = Bench::new(", egress: { max: 10 }", 1);
+    bench.begin("one", "001", 1);
+    bench.begin("two", "002", 2);
+    bench.begin("three", "003", 3);
+    assert_eq!(bench.owner("three"), None);
+    let owner = bench.owner("one").expect("sent");
+    // Another worker takes the freed server's place in its bucket.
+    bench.rig.pass(Duration::from_millis(150), |_| {});
+    let rate = strowger_contract::Rate { per_second: 10, burst: 1 };
+    assert!(bench.rig.router.pace(bench.rig.now, owner, 0, rate));
+    bench.answer("one", 2_001);
+    bench.grant();
+    assert_eq!(bench.owner("three"), None, "it may not be sent more, and the other is full");
+    let other = bench.owner("two").expect("sent");
+    bench.answer("two", 2_001);
+    bench.grant();
+    assert_eq!(bench.owner("three"), Some(other));
+    bench.answer("three", 2_001);
+    assert_eq!(bench.answers.len(), 3);
+    assert_eq!((bench.in_flight("a"), bench.in_flight("b")), (0, 0));
+}

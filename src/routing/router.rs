@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use strowger_contract::{
     BackendId, BackendView, BindingKey, Class, ClassId, Endpoint, FlowId, Keyer, Link, Outcome,
-    PeerReport, Pin, PoolId, Query, Rate, Refusal, RouteReason, Router, SessionKey, Ticket, Token,
-    TokenKeys, Verdict, WorkerId,
+    PeerReport, Pin, PoolId, PoolLoad, Query, Rate, Refusal, RouteReason, Router, SessionKey,
+    Ticket, Token, TokenKeys, Verdict, WorkerId,
 };
 
 use super::balance::{Dice, is_in_share, rendezvous_score};
@@ -649,6 +649,10 @@ impl Router for CoreRouter {
     fn pace(&mut self, now: Instant, backend: BackendId, bucket: usize, rate: Rate) -> bool {
         let Some(backend) = self.snapshot.backend(backend) else { return true };
         backend.live.pace(self.core.clock_ns(now), bucket, rate)
+    }
+
+    fn pool_load(&self, pool: PoolId) -> PoolLoad {
+        self.snapshot.pool(pool).map_or_else(PoolLoad::default, |pool| pool.live.qos.load.told())
     }
 
     fn linked(&self, pool: PoolId) -> usize {

@@ -362,6 +362,7 @@ impl CoreRouter {
                 "too many of its class wait"
             }
         };
+        pool.live.qos.load.refused(false);
         let budget = entry.waiter.deadline.saturating_sub(entry.waiter.since);
         self.core.log_refusal(&self.snapshot, pool, query.class, "enqueue", why, predicted, budget);
         Verdict::Refuse(self.overloaded())
@@ -451,6 +452,7 @@ impl Core {
         let Settled::Refused(_) = settlement.settled else { return };
         let waiter = &settlement.waiter;
         let Some(pool) = snapshot.pool(waiter.pool) else { return };
+        pool.live.qos.load.refused(true);
         let (waited, budget) =
             (clock.saturating_sub(waiter.since), waiter.deadline.saturating_sub(waiter.since));
         let why = "no answer could come in time any more";

@@ -60,7 +60,7 @@ pub use message::{CloseCause, Endpoint, Message, PeerChange, Transport};
 pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
 pub use protocol::{Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope};
 pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
-pub use router::{BackendView, Link, Router};
+pub use router::{BackendView, Link, PoolLoad, Router};
 pub use session::{Keyer, SessionKey, stable_hash};
 pub use token::{Token, TokenKeys};
 pub use trace::Tracer;

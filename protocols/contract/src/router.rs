@@ -47,6 +47,17 @@ pub struct BackendView<'a> {
     pub is_link_down: bool,
 }
 
+/// How a pool fares, over about the last second: what neighbours that understand it (RFC 7339,
+/// RFC 7683) are told of its load.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolLoad {
+    /// Requests refused for want of slots or time, in thousandths of all that came for the pool.
+    /// 0 as long as none is refused.
+    pub refused_permille: u32,
+    /// Requests in a second that were let in and not refused afterwards.
+    pub admitted_per_second: u32,
+}
+
 /// The core. One per worker; what is shared lies behind it, without a lock per message.
 pub trait Router {
     /// Decides where a message goes.
@@ -180,6 +191,9 @@ pub trait Router {
     /// Takes a place in the backend's bucket number `bucket` (0 or 1), which all workers share;
     /// whether there was one.
     fn pace(&mut self, now: Instant, backend: BackendId, bucket: usize, rate: Rate) -> bool;
+
+    /// How the pool fares; as if idle if there is no such pool. Cheap: a few loads of atomics.
+    fn pool_load(&self, pool: PoolId) -> PoolLoad;
 
     /// How many backends of the pool have a link that takes requests.
     fn linked(&self, pool: PoolId) -> usize;

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
+use strowger_contract::PoolLoad;
+
 use super::lanes::TIERS;
 
 /// Windows, in milliseconds: a request with a budget looks at the one that is nearest to it. A
@@ -22,12 +24,70 @@ pub(in crate::routing) struct Load {
     drains: [[AtomicU32; TIERS]; WINDOWS_MS.len()],
     /// For how many milliseconds it has not been empty.
     busy_ms: [AtomicU64; TIERS],
+    refusals: Refusals,
+}
+
+/// What is refused for want of slots or time, beside what is not, over [`TOLD_OVER_MS`].
+#[derive(Debug, Default)]
+struct Refusals {
+    at_door: AtomicU64,
+    after_wait: AtomicU64,
+    /// All three as they were seen last: at the door, after a wait, let in.
+    seen: [AtomicU64; 3],
+    /// Per second and thousandth.
+    refused: AtomicU32,
+    taken: AtomicU32,
+}
+
+/// What neighbours are told is of about so many milliseconds: shorter looks would have them swing,
+/// longer ones tell of what is over.
+const TOLD_OVER_MS: f64 = 1_000.0;
+
+impl Refusals {
+    fn review(&self, admitted: u64, passed_ms: u64, first: bool) {
+        let totals = [self.at_door.load(Relaxed), self.after_wait.load(Relaxed), admitted];
+        let new: [u64; 3] = std::array::from_fn(|index| {
+            totals[index] - self.seen[index].swap(totals[index], Relaxed)
+        });
+        if first {
+            return;
+        }
+        let fades = 1.0 - (-(passed_ms as f64) / TOLD_OVER_MS).exp();
+        for (place, count) in
+            [(&self.refused, new[0] + new[1]), (&self.taken, new[2].saturating_sub(new[1]))]
+        {
+            let (before, rate) =
+                (f64::from(place.load(Relaxed)), (count * 1_000_000 / passed_ms) as f64);
+            place.store((before + (rate - before) * fades) as u32, Relaxed);
+        }
+    }
+
+    fn told(&self) -> PoolLoad {
+        let (refused, taken) = (self.refused.load(Relaxed), self.taken.load(Relaxed));
+        let all = (u64::from(refused) + u64::from(taken)).max(1);
+        PoolLoad {
+            refused_permille: (u64::from(refused) * 1_000 / all) as u32,
+            admitted_per_second: taken / 1_000,
+        }
+    }
 }
 
 impl Load {
     /// A request that was let in.
     pub(in crate::routing) fn admitted(&self, tier: u8) {
         self.arrived[usize::from(tier).min(TIERS - 1)].fetch_add(1, Relaxed);
+    }
+
+    /// A request that was refused: at the door, or after it had been let in.
+    pub(in crate::routing) fn refused(&self, after_wait: bool) {
+        let refusals = &self.refusals;
+        let place = if after_wait { &refusals.after_wait } else { &refusals.at_door };
+        place.fetch_add(1, Relaxed);
+    }
+
+    /// What neighbours may be told.
+    pub(in crate::routing) fn told(&self) -> PoolLoad {
+        self.refusals.told()
     }
 
     /// One that waited goes on.
@@ -42,6 +102,8 @@ impl Load {
         if passed == 0 {
             return;
         }
+        let admitted = self.arrived.iter().map(|count| count.load(Relaxed)).sum();
+        self.refusals.review(admitted, passed, last == 0);
         for tier in 0..TIERS {
             let arrived = self.arrived[tier].load(Relaxed);
             let new = arrived - self.seen[tier].swap(arrived, Relaxed);
@@ -115,5 +177,36 @@ fn follow(rates: &[[AtomicU32; TIERS]], tier: usize, new: u64, passed: u64) {
         let fades = 1.0 - (-(passed as f64) / *window as f64).exp();
         let weight = if before == 0.0 { 1.0 } else { fades };
         rates[tier].store((before + (rate - before) * weight) as u32, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_told_what_is_refused_over_a_second() {
+        let load = Load::default();
+        let mut now = 1_000;
+        let mut run = |ticks: u64, admitted: u64, refused: u64, late: u64| {
+            for _ in 0..ticks {
+                (0..admitted).for_each(|_| load.admitted(1));
+                (0..refused).for_each(|_| load.refused(false));
+                (0..late).for_each(|_| load.refused(true));
+                now += 100;
+                load.review(now, [0; TIERS]);
+            }
+            load.told()
+        };
+        assert_eq!(run(1, 5, 5, 0), PoolLoad::default(), "one look tells nothing");
+        let calm = run(100, 100, 0, 0);
+        assert_eq!((calm.refused_permille, calm.admitted_per_second), (0, 999));
+        // 100 let in of whom 20 are late after all, 120 refused at the door: 140 of 220.
+        let hard = run(100, 100, 120, 20);
+        assert!((632..=637).contains(&hard.refused_permille), "{hard:?}");
+        assert!((798..=801).contains(&hard.admitted_per_second), "{hard:?}");
+        let half_a_second_later = run(5, 100, 0, 0);
+        assert!((350..=550).contains(&half_a_second_later.refused_permille), "no swing");
+        assert_eq!(run(150, 100, 0, 0).refused_permille, 0, "and it is over");
     }
 }

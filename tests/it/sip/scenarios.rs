@@ -50,6 +50,61 @@ struct Table {
     mode: &'static str,
     port: u16,
     ports: HashMap<String, u16>,
+    /// Debian's sipp speaks no TLS: HAProxy (OpenSSL) does it for both of its sides.
+    tls: Option<Wrapper>,
+}
+
+/// Ports of HAProxy's, and the folder of the certificates.
+struct Wrapper {
+    /// Where callers find it, by the address family; it speaks TLS to the edge.
+    callers: [u16; 2],
+    /// Where the edge finds it, by scenario; it takes TLS off before sipp.
+    servers: HashMap<String, u16>,
+    folder: tempfile::TempDir,
+}
+
+impl Wrapper {
+    fn new() -> Self {
+        let folder = tempfile::TempDir::new().expect("a folder");
+        super::secure::certificates(folder.path());
+        let servers = names().into_iter().chain([DEFAULT.to_owned()]);
+        Self {
+            callers: [free_port(), free_port()],
+            servers: servers.map(|name| (name, free_port())).collect(),
+            folder,
+        }
+    }
+
+    fn path(&self, file: &str) -> String {
+        self.folder.path().join(file).display().to_string()
+    }
+
+    /// Starts HAProxy between the edge's port and sipp's.
+    fn start(&self, edge: u16, sipp: &HashMap<String, u16>) -> Process {
+        let read = |file: &str| fs::read_to_string(self.folder.path().join(file)).expect("a file");
+        let both = read("edge.pem") + &read("edge.key");
+        fs::write(self.folder.path().join("both.pem"), both).expect("written");
+        let mut text = "global\n  maxconn 1000\ndefaults\n  mode tcp\n  timeout connect 10s\n  timeout client 5m\n  timeout server 5m\n".to_owned();
+        for (host, port) in [("127.0.0.1", self.callers[0]), ("::1", self.callers[1])] {
+            let ca = self.path("ca.pem");
+            text.push_str(&format!(
+                "listen caller{port}\n  bind {host}:{port}\n  server edge {host}:{edge} ssl verify required ca-file {ca} sni str(edge.example.net) verifyhost edge.example.net\n"
+            ));
+        }
+        for (name, port) in &self.servers {
+            let (to, pem) = (sipp[name], self.path("both.pem"));
+            text.push_str(&format!(
+                "listen {name}\n  bind 127.0.0.1:{port} ssl crt {pem}\n  server sipp 127.0.0.1:{to}\n"
+            ));
+        }
+        let file = self.folder.path().join("haproxy.cfg");
+        fs::write(&file, text).expect("written");
+        let mut command = Command::new("haproxy");
+        command.args(["-db", "-f"]).arg(&file);
+        let process = Process::spawn(&mut command, &self.folder.path().join("haproxy.log"));
+        crate::harness::wait_for_tcp(self.callers[0]);
+        process
+    }
 }
 
 impl Table {
@@ -57,21 +112,34 @@ impl Table {
         let mut ports: HashMap<String, u16> =
             names().into_iter().map(|name| (name, free_port())).collect();
         ports.insert(DEFAULT.to_owned(), free_port());
-        Self { transport, mode, port: free_port(), ports }
+        let tls = (transport == "tls").then(Wrapper::new);
+        Self { transport, mode, port: free_port(), ports, tls }
+    }
+
+    /// Where the edge finds what plays a scenario's callee.
+    fn server_port(&self, name: &str) -> u16 {
+        self.tls.as_ref().map_or(&self.ports, |wrapper| &wrapper.servers)[name]
     }
 
     fn config(&self) -> String {
         let (transport, port) = (self.transport, self.port);
         let (mut routes, mut pools) = (String::new(), String::new());
-        for (name, server) in &self.ports {
+        let trust = self.tls.as_ref().map_or_else(String::new, |wrapper| {
+            format!("tls: {{ ca: {}, name: edge.example.net }}, ", wrapper.path("ca.pem"))
+        });
+        let own = self.tls.as_ref().map_or_else(String::new, |wrapper| {
+            let (pem, key) = (wrapper.path("edge.pem"), wrapper.path("edge.key"));
+            format!("    tls: {{ certificates: [{{ certificate: {pem}, key: {key} }}] }}\n")
+        });
+        for name in self.ports.keys() {
             // The edge itself: a loop. Nobody there: no instance.
-            let server = if name == "loop" { port } else { *server };
+            let server = if name == "loop" { port } else { self.server_port(name) };
             let backends = if name == "no_instance" {
                 "[]".to_owned()
             } else {
                 format!("[ {{ id: a, address: {transport}://127.0.0.1:{server} }} ]")
             };
-            pools.push_str(&format!("  {name}: {{ backends: {backends} }}\n"));
+            pools.push_str(&format!("  {name}: {{ {trust}backends: {backends} }}\n"));
             if name != DEFAULT {
                 let domain = name.replace('_', "-");
                 routes.push_str(&format!(
@@ -80,13 +148,24 @@ impl Table {
             }
         }
         format!(
-            "version: 1\nnode: {{ name: test, workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [{transport}://127.0.0.1:{port}, \"{transport}://[::1]:{port}\"]\n    pool: {DEFAULT}\n    routes:\n{routes}pools:\n{pools}"
+            "version: 1\nnode: {{ name: test, workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [{transport}://127.0.0.1:{port}, \"{transport}://[::1]:{port}\"]\n    pool: {DEFAULT}\n{own}    routes:\n{routes}pools:\n{pools}"
         )
     }
 
     fn sipp(&self, work: &Path, name: &str, side: &str) -> Command {
         let mut command = Command::new("sipp");
-        command.current_dir(work).arg("-sf").arg(folder().join(format!("{name}.{side}.xml")));
+        let mut scenario = folder().join(format!("{name}.{side}.xml"));
+        if self.tls.is_some() {
+            // sipp believes that it speaks TCP; what it says must be true on the other side.
+            let text = fs::read(&scenario).expect("a scenario");
+            // Not all of them are UTF-8, on purpose.
+            let text: String = text.into_iter().map(char::from).collect();
+            let text = text.replace("[transport]", "TLS");
+            let text: Vec<u8> = text.chars().map(|letter| letter as u8).collect();
+            scenario = work.join(format!("{name}.{side}.xml"));
+            fs::write(&scenario, text).expect("written");
+        }
+        command.current_dir(work).arg("-sf").arg(scenario);
         command.args(["-t", self.mode, "-nostdin", "-m", &CALLS.to_string()]);
         command.args(["-s", "service", "-trace_err", "-error_file"]);
         command.arg(work.join(format!("{name}.{side}.err")));
@@ -109,7 +188,11 @@ impl Table {
         let host = if name == IPV6 { "[::1]" } else { "127.0.0.1" };
         let mut command = self.sipp(work, name, "uac");
         command.args(["-i", host, "-p", &free_port().to_string(), "-r", "10"]);
-        command.arg(format!("{host}:{}", self.port));
+        let port = self
+            .tls
+            .as_ref()
+            .map_or(self.port, |wrapper| wrapper.callers[usize::from(name == IPV6)]);
+        command.arg(format!("{host}:{port}"));
         let mut client = Process::spawn(&mut command, &work.join(format!("{name}.uac.log")));
         let ended =
             [client.wait(LIMIT), server.as_mut().map_or(Some(0), |server| server.wait(LIMIT))];
@@ -142,6 +225,7 @@ fn run(transport: &'static str, mode: &'static str) {
     let _alone = alone();
     let table = Table::new(transport, mode);
     let edge = Edge::start(&table.config());
+    let _wrapper = table.tls.as_ref().map(|wrapper| wrapper.start(table.port, &table.ports));
     let work = tempfile::TempDir::new().expect("a folder");
     // It serves several scenarios, and is ended when they have.
     let _defaults = table.server(work.path(), DEFAULT, 10_000);
@@ -180,4 +264,11 @@ fn scenarios_over_udp() {
 #[test]
 fn scenarios_over_tcp() {
     run("tcp", "t1");
+}
+
+#[test]
+fn scenarios_over_tls() {
+    if has("haproxy") {
+        run("tls", "t1");
+    }
 }

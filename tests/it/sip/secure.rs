@@ -65,13 +65,16 @@ impl Secure {
 }
 
 /// Writes `ca.pem`, `edge.pem` and `edge.key`.
-fn certificates(folder: &Path) {
+pub(super) fn certificates(folder: &Path) {
     let mut params = rcgen::CertificateParams::default();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    // Names that differ: OpenSSL takes a certificate whose subject is its issuer for self-signed.
+    params.distinguished_name.push(rcgen::DnType::CommonName, "authority");
     let key = rcgen::KeyPair::generate().expect("a key");
     let issuer = rcgen::CertifiedIssuer::self_signed(params, key).expect("an authority");
-    let params =
+    let mut params =
         rcgen::CertificateParams::new(vec!["edge.example.net".to_owned()]).expect("parameters");
+    params.distinguished_name.push(rcgen::DnType::CommonName, "edge");
     let key = rcgen::KeyPair::generate().expect("a key");
     let certificate = params.signed_by(&key, &issuer).expect("a certificate");
     let write = |file: &str, text: &str| std::fs::write(folder.join(file), text).expect("written");

@@ -20,8 +20,9 @@ use tokio_util::sync::CancellationToken;
 use crate::control::admin::{self, AdminBackend, Check, PutError, Traced};
 use crate::control::config::{self, ConfigErrors, Loaded, Source};
 use crate::control::registry::Registry;
+use crate::control::resolve::Names;
 use crate::control::{probes, service, watch};
-use crate::observe::{Event, Events, Metrics, Sinks};
+use crate::observe::{DnsMetrics, Event, Events, Metrics, Sinks};
 use crate::protocols::Protocols;
 use crate::routing::{Core, CoreEvent, CoreSettings};
 use crate::runtime::{BindFailure, Fleet};
@@ -73,6 +74,7 @@ struct Inner {
     metrics: Arc<Metrics>,
     events: Arc<Events>,
     sinks: Sinks,
+    names: Arc<Names>,
     registry: Arc<Registry>,
     /// Held while configuration and leases are made one.
     merging: Mutex<()>,
@@ -121,6 +123,7 @@ impl Edge {
         let seed = settings.seed;
         let core = Core::new(settings, now);
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let names = Names::start(DnsMetrics::new(&metrics), Arc::clone(&events))?;
         let fleet = Fleet::new(
             workers,
             launchers,
@@ -128,6 +131,7 @@ impl Edge {
             Arc::clone(&metrics),
             Arc::clone(&events),
             sinks.clone(),
+            Arc::clone(&names) as _,
             seed,
             since_1970.as_secs() as u32,
         )?;
@@ -146,6 +150,7 @@ impl Edge {
             metrics: Arc::clone(&metrics),
             events,
             sinks,
+            names,
             protocols,
             fleet: Mutex::new(fleet),
             active: Mutex::new(Active { sources: Vec::new(), loaded: Loaded::default() }),
@@ -490,6 +495,7 @@ impl Inner {
             self.core.set_token_keys(TokenKeys::new(loaded.node.token_keys.clone()));
         }
         self.registry.set_lease(loaded.registry.lease);
+        self.names.configure(&loaded.dns);
         let merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut spec = loaded.spec.clone();
         self.registry.merge(&mut spec, self.core.pool_names());

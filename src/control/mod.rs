@@ -5,5 +5,6 @@ pub mod admin;
 pub mod config;
 pub mod probes;
 pub mod registry;
+pub mod resolve;
 pub mod service;
 pub mod watch;

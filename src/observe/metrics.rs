@@ -102,7 +102,12 @@ pub(super) fn gauge(registry: &Registry, name: &str, help: &str, labels: &[&str]
     register(registry, family)
 }
 
-fn histogram(registry: &Registry, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
+pub(super) fn histogram(
+    registry: &Registry,
+    name: &str,
+    help: &str,
+    labels: &[&str],
+) -> HistogramVec {
     let family =
         HistogramVec::new(HistogramOpts::new(name, help).buckets(SECONDS.to_vec()), labels);
     register(registry, family)
@@ -319,6 +324,11 @@ impl Metrics {
             gauge(&metrics.registry, "strowger_build_info", "1, with the version", &["version"]);
         build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
         Arc::new(metrics)
+    }
+
+    /// Where further families are entered.
+    pub(super) fn registry(&self) -> &Registry {
+        &self.registry
     }
 
     /// Where pools and sessions come from when somebody scrapes.

@@ -1,6 +1,7 @@
 //! What operators see: metrics, events, logs.
 
 mod calls;
+mod dns;
 mod events;
 mod hep;
 mod log;
@@ -12,6 +13,7 @@ mod tap;
 mod traces;
 
 pub use calls::{Calls, CdrSettings, Told};
+pub use dns::DnsMetrics;
 pub use events::{Event, Events, Subscription};
 pub use hep::HepSettings;
 pub use log::{Format, init_logging};

@@ -15,6 +15,7 @@ use strowger_contract::{LocalSocket, Transport, WorkerId};
 use super::bind::bind;
 use super::launch::{BoundSocket, Launch};
 use super::mailbox::Mailbox;
+use super::resolve::Resolver;
 use super::shared::Shared;
 use super::worker::{Start, Worker};
 use crate::observe::{Events, Metrics, Sinks};
@@ -30,6 +31,7 @@ pub struct Fleet {
     events: Arc<Events>,
     sinks: Sinks,
     tls: Arc<crate::tls::Store>,
+    resolver: Arc<dyn Resolver>,
     seed: u64,
     started: u32,
     serial: u64,
@@ -80,6 +82,7 @@ pub struct ListenerView {
 }
 
 impl Fleet {
+    #[allow(clippy::too_many_arguments, reason = "made once, by the edge")]
     /// Starts `count` workers without listeners. `started` grows with each start of the process.
     ///
     /// # Errors
@@ -91,6 +94,7 @@ impl Fleet {
         metrics: Arc<Metrics>,
         events: Arc<Events>,
         sinks: Sinks,
+        resolver: Arc<dyn Resolver>,
         seed: u64,
         started: u32,
     ) -> io::Result<Self> {
@@ -108,6 +112,7 @@ impl Fleet {
             events,
             sinks,
             tls: Arc::default(),
+            resolver,
             seed,
             started,
             serial: 0,
@@ -218,6 +223,7 @@ impl Fleet {
             events: Arc::clone(&self.events),
             sinks: self.sinks.clone(),
             tls: Arc::clone(&self.tls),
+            resolver: Arc::clone(&self.resolver),
             mailboxes: (0..count).map(|_| Mailbox::default()).collect(),
             connections: AtomicU32::new(0),
             in_progress: (0..count).map(|_| AtomicUsize::new(0)).collect(),

@@ -9,8 +9,10 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use strowger_contract::{Closing, Endpoint, PeerChange, Transport, WorkerId};
+use strowger_contract::{Closing, Endpoint, LookupId, PeerChange, Transport, WorkerId};
 use tokio::sync::Notify;
+
+use super::resolve::Answer;
 
 /// Bytes that wait for one worker, at most. A worker that stalls (a panic's restart, a long stop)
 /// must not let the others grow without bound; 8 MiB are some 8,000 messages.
@@ -37,6 +39,8 @@ pub(crate) enum Mail {
     Peer(Endpoint, PeerChange),
     /// Close a connection that this worker owns.
     Close(Endpoint, Closing),
+    /// What became of a name that this worker's engine asked for.
+    Resolved(LookupId, Answer),
 }
 
 /// What waits, as the owner takes it.

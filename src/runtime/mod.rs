@@ -16,6 +16,7 @@
 //! | `datagram`, `stream`, `splice` | the three ways that bytes come and go |
 //! | `link` | streams to backends |
 //! | `mailbox`, `shared` | what workers have in common |
+//! | `resolve` | where names lead, as workers ask it |
 //! | `sys` | the only unsafe code |
 
 mod bind;
@@ -28,6 +29,7 @@ mod launch;
 mod link;
 mod mailbox;
 mod proxy;
+mod resolve;
 mod shared;
 mod socket;
 mod splice;
@@ -37,3 +39,4 @@ mod worker;
 
 pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};
 pub use launch::{Launch, launcher};
+pub use resolve::{Answer, Reply, Resolver};

@@ -11,6 +11,7 @@ use strowger_contract::{
 };
 
 use super::mailbox::{Mail, Mailbox};
+use super::resolve::Resolver;
 use crate::observe::{Event, Events, Metrics, NameView, Sinks, Told};
 use crate::routing::{Core, CoreRouter, Snapshot};
 
@@ -25,6 +26,7 @@ pub(crate) struct Shared {
     pub(crate) events: Arc<Events>,
     pub(crate) sinks: Sinks,
     pub(crate) tls: Arc<crate::tls::Store>,
+    pub(crate) resolver: Arc<dyn Resolver>,
     pub(crate) mailboxes: Vec<Mailbox>,
     /// Clients' connections, over all workers.
     pub(crate) connections: AtomicU32,

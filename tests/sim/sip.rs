@@ -336,6 +336,7 @@ impl Sim {
                 Command::Close(..)
                 | Command::HoldOff(..)
                 | Command::Proven(_)
+                | Command::Resolve { .. }
                 | Command::Splice(..) => {
                     panic!("{command:?}")
                 }

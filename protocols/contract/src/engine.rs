@@ -2,7 +2,10 @@
 
 use std::time::Instant;
 
-use crate::{Endpoint, Message, Opened, Outbox, PeerChange, Refusal, Route, Router, Ticket};
+use crate::{
+    Endpoint, LookupId, Message, Opened, Outbox, PeerChange, Place, Refusal, Route, Router, Ticket,
+    Unresolved,
+};
 
 /// One per worker and listener. It owns no socket and reads no clock; every call may append to
 /// `out`, which the runtime flushes in one batch.
@@ -62,6 +65,19 @@ pub trait Engine {
     ) {
         let Opened { remote, local, transport, .. } = opened;
         self.on_peer(now, peer, PeerChange::Opened { remote, local, transport }, router, out);
+    }
+
+    /// What became of an [`Outbox::resolve`]: at least one place in the order to try them, or why
+    /// there is none. Engines that ask nothing leave it as it is.
+    fn on_resolved(
+        &mut self,
+        now: Instant,
+        lookup: LookupId,
+        found: Result<&[Place], Unresolved>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let _unasked = (now, lookup, found, router, out);
     }
 
     /// Time has come to [`Engine::next_timeout`], or passed it.

@@ -16,6 +16,7 @@
 //! | [`session`] | session keys: one stable hash to place by, one keyed hash to look up by |
 //! | [`token`] | the signed text that carries an instance through a protocol field |
 //! | [`query`] | what the core is asked and what it answers |
+//! | [`resolve`] | names of next hops: questions and answers |
 //! | [`router`] | the core, as an engine sees it |
 //! | [`outbox`] | what an engine wants done |
 //! | [`engine`] | the per-worker state machine of a protocol |
@@ -42,6 +43,7 @@ pub mod network;
 pub mod outbox;
 pub mod protocol;
 pub mod query;
+pub mod resolve;
 pub mod router;
 pub mod session;
 pub mod token;
@@ -60,6 +62,9 @@ pub use message::{CloseCause, Endpoint, Message, PeerChange, Transport};
 pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
 pub use protocol::{Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope};
 pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
+pub use resolve::{
+    HOST_NAME_MAX, Lookup, LookupId, NameScheme, PLACES_MAX, Place, Transports, Unresolved,
+};
 pub use router::{BackendView, Link, PoolLoad, Router};
 pub use session::{Keyer, SessionKey, stable_hash};
 pub use token::{Token, TokenKeys};

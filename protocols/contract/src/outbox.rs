@@ -7,7 +7,8 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::{
-    AttemptOutcome, BackendId, CallRecord, ClassId, Endpoint, FlowId, Message, Refusal, WorkerId,
+    AttemptOutcome, BackendId, CallRecord, ClassId, Endpoint, FlowId, Lookup, LookupId, Message,
+    Refusal, WorkerId,
 };
 
 /// Bytes for one endpoint.
@@ -62,6 +63,15 @@ pub enum Command {
     /// [`crate::PeerChange::Joined`] or [`crate::PeerChange::JoinFailed`] follows, and in the end
     /// one [`crate::PeerChange::Closed`] for the flow.
     Splice(FlowId, BackendId, SpliceLimits),
+    /// Find where a name leads; [`crate::Engine::on_resolved`] follows.
+    Resolve {
+        /// The engine's own number.
+        id: LookupId,
+        /// What is asked.
+        lookup: Lookup,
+        /// Where the name lies in the arena.
+        host: Range<usize>,
+    },
 }
 
 /// The times that a spliced flow keeps to.
@@ -239,6 +249,13 @@ impl Outbox {
     /// Joins a client's flow to a backend.
     pub fn splice(&mut self, flow: FlowId, backend: BackendId, limits: SpliceLimits) {
         self.commands.push(Command::Splice(flow, backend, limits));
+    }
+
+    /// Asks where a name leads.
+    pub fn resolve(&mut self, id: LookupId, lookup: Lookup, host: &[u8]) {
+        let start = self.arena.len();
+        self.arena.extend_from_slice(host);
+        self.commands.push(Command::Resolve { id, lookup, host: start..self.arena.len() });
     }
 
     /// Counts a dropped message.

@@ -13,7 +13,8 @@ use super::node::{AdminSettings, NodeSettings, RegistrySettings, admin, node, re
 use super::pools::{RawPool, pool};
 use super::read::{Reader, join};
 use super::tree::{Kind, Node};
-use super::{Source, classes, exports};
+use super::{Source, classes, dns, exports};
+use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{PoolNames, SnapshotSpec};
 
@@ -36,6 +37,8 @@ pub struct Loaded {
     pub hep: Option<HepSettings>,
     /// The registry of leased instances.
     pub registry: RegistrySettings,
+    /// How names are looked up.
+    pub dns: DnsSettings,
     /// Further directories to read and watch.
     pub watch: Vec<PathBuf>,
     /// Not wrong, but perhaps not meant.
@@ -68,7 +71,7 @@ impl<'a> Build<'a> {
 
     /// Reads one file.
     pub(super) fn read(&mut self, reader: &mut Reader, tree: &Node) {
-        const KEYS: [&str; 10] = [
+        const KEYS: [&str; 11] = [
             "version",
             "node",
             "admin",
@@ -79,6 +82,7 @@ impl<'a> Build<'a> {
             "pools",
             "cdr",
             "hep",
+            "dns",
         ];
         let Some(fields) = reader.fields(tree, "", &KEYS) else { return };
         if let Some(version) = fields.get("version")
@@ -86,7 +90,7 @@ impl<'a> Build<'a> {
         {
             reader.wrong(version, "version", "this release reads version 1");
         }
-        for key in ["node", "admin", "registry", "cdr", "hep"] {
+        for key in ["node", "admin", "registry", "cdr", "hep", "dns"] {
             if let Some(node) = fields.get(key) {
                 self.once(reader, key, node);
             }
@@ -105,6 +109,9 @@ impl<'a> Build<'a> {
         }
         if let Some(tree) = fields.get("hep").filter(|tree| tree.kind != Kind::Null) {
             self.loaded.hep = exports::hep(reader, tree);
+        }
+        if let Some(tree) = fields.get("dns") {
+            dns::dns(reader, tree, &mut self.loaded.dns);
         }
         if let Some(tree) = fields.get("watch") {
             self.watch(reader, tree);

@@ -11,6 +11,7 @@ use super::Loaded;
 use super::pools::{BALANCES, POLICIES, SEND_PROXY};
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 use super::tree::{self, Node, Step};
+use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{BackendSpec, ListenerSpec, PoolSpec, TlsClientSpec, TlsServerSpec};
 
@@ -84,6 +85,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
                 ("lease", time(loaded.registry.lease)),
             ]),
         ),
+        ("dns", dns(&loaded.dns)),
         ("cdr", loaded.cdr.as_ref().map_or_else(null, cdr)),
         ("hep", loaded.hep.as_ref().map_or_else(null, hep)),
         ("watch", Shown::List(watched)),
@@ -92,6 +94,19 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
         ("pools", Shown::Map(pools.collect())),
     ];
     values.map(|(key, value)| (key.to_owned(), value)).into()
+}
+
+fn dns(dns: &DnsSettings) -> Shown {
+    let servers = dns.servers.iter().map(|server| text(&server.to_string())).collect();
+    map([
+        ("servers", Shown::List(servers)),
+        ("query_timeout", time(dns.query_timeout)),
+        ("timeout", time(dns.timeout)),
+        ("cache", number(dns.cache)),
+        ("concurrent", number(dns.concurrent)),
+        ("ttl_max", time(dns.ttl_max)),
+        ("stale", time(dns.stale)),
+    ])
 }
 
 fn cdr(cdr: &CdrSettings) -> Shown {

@@ -7,6 +7,7 @@
 //! | `build` | what the values mean together |
 //! | `permissions` | tokens of the admin API and what each may do |
 //! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
+//! | `dns` | name servers |
 //! | `exports` | call records and HEP |
 //! | `tls` | certificates, keys, authorities |
 //! | `configure` | a protocol's own options |
@@ -16,6 +17,7 @@
 mod build;
 mod classes;
 mod configure;
+mod dns;
 mod endpoint;
 mod explain;
 mod exports;

@@ -66,6 +66,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
             "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30), "bindings_max": number(1_024, 1 << 28) })),
             "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] }, "permissions_file": { "type": ["string", "null"] } })),
             "registry": map(json!({ "state_file": { "type": ["string", "null"] }, "lease": duration })),
+            "dns": map(json!({ "servers": { "type": "array", "maxItems": 8, "items": { "type": "string" } }, "query_timeout": duration, "timeout": duration, "cache": number(16, 1_000_000), "concurrent": number(1, 4_096), "ttl_max": duration, "stale": duration })),
             "cdr": map(json!({ "file": { "type": "string" }, "max_bytes": number(4_096, 1 << 40), "keep": number(0, 1_000) })),
             "hep": map(json!({ "collector": { "type": "string" }, "sample_one_in": number(1, 1_000_000), "capture_id": number(0, u64::from(u32::MAX)), "auth_key_file": { "type": "string" } })),
             "watch": { "type": "array", "items": { "type": "string" } },

@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Command, Endpoint, Engine, Frame, Message, Note, Opened,
-    Outbox, PeerChange, Protocol, Router, Transport, WorkerId,
+    BackendId, CloseCause, Closing, Command, Endpoint, Engine, Frame, Lookup, LookupId, Message,
+    Note, Opened, Outbox, PeerChange, Protocol, Router, Transport, WorkerId,
 };
 
 use super::{CUT_OFF_FACTOR, Dial, Host, State, context};
@@ -15,6 +16,7 @@ use crate::observe::Direction;
 use crate::routing::Grant;
 use crate::runtime::datagram::DatagramPort;
 use crate::runtime::mailbox::Mail;
+use crate::runtime::resolve::Answer;
 use crate::runtime::shared::NodeEvent;
 use crate::runtime::stream::Connection;
 
@@ -114,7 +116,33 @@ impl<P: Protocol> Batch<'_, P> {
             }
             Mail::Peer(peer, change) => self.tell(*peer, *change),
             Mail::Close(peer, how) => self.close(*peer, *how),
+            Mail::Resolved(id, answer) => self.resolved(*id, answer),
         }
+    }
+
+    /// A name was found, or not.
+    fn resolved(&mut self, id: LookupId, answer: &Answer) {
+        let found = answer.as_deref().map_err(|why| *why);
+        self.guard(|state, now, out| {
+            state.engine.on_resolved(now, id, found, &mut state.router, out)
+        });
+    }
+
+    /// What is known already is told within this batch; the rest comes by the mailbox, since whoever
+    /// asks name servers runs on another thread.
+    fn resolve(&mut self, id: LookupId, lookup: &Lookup, host: &[u8]) {
+        let resolver = &self.host.shared.resolver;
+        if let Some(answer) = resolver.known(host, lookup) {
+            return self.state.answers.push_back((id, answer));
+        }
+        let (shared, worker) = (Arc::clone(&self.host.shared), self.host.worker);
+        let reply = move |answer| {
+            if let Some(mailbox) = shared.mailboxes.get(usize::from(worker.0)) {
+                // Who waits for a lost answer waits for a bounded time.
+                let _full = mailbox.put(&[], |_| Mail::Resolved(id, answer));
+            }
+        };
+        resolver.ask(host, lookup, Box::new(reply));
     }
 
     /// Calls the engine so that its panic costs the engine and not the worker.
@@ -151,6 +179,10 @@ impl<P: Protocol> Batch<'_, P> {
                 out.clear();
                 self.state.out = out;
             }
+            if let Some((id, answer)) = self.state.answers.pop_front() {
+                self.resolved(id, &answer);
+                continue;
+            }
             let Some((peer, change)) = self.state.news.pop_front() else {
                 if self.take_grants() {
                     continue;
@@ -161,6 +193,7 @@ impl<P: Protocol> Batch<'_, P> {
             self.tell(peer, change);
         }
         self.state.news.clear();
+        self.state.answers.clear();
         self.state.out.clear();
         self.host.shared.event(NodeEvent::EngineSpins { worker: self.host.worker });
     }
@@ -223,6 +256,7 @@ impl<P: Protocol> Batch<'_, P> {
                 }
             }
             Command::HoldOff(..) | Command::Proven(_) => {}
+            Command::Resolve { id, lookup, host } => self.resolve(*id, lookup, out.bytes(host)),
             Command::Splice(flow, backend, limits) => {
                 if let Some(connection) = self.state.flows.get(*flow) {
                     connection.splice_to(*backend, *limits);

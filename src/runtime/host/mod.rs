@@ -16,8 +16,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Intake, Note,
-    Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
+    BackendId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Intake,
+    LookupId, Note, Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -26,6 +26,7 @@ use crate::runtime::datagram::DatagramPort;
 use crate::runtime::intake::TakenIn;
 use crate::runtime::link::LinkTable;
 use crate::runtime::mailbox::Letters;
+use crate::runtime::resolve::Answer;
 use crate::runtime::shared::{NodeEvent, Shared, SourcePlace};
 use crate::runtime::socket::Stream;
 use crate::runtime::splice::Relay;
@@ -88,6 +89,7 @@ pub(crate) struct State<P: Protocol> {
     dialing: HashMap<(Transport, SocketAddr), Vec<u8>>,
     /// What the engine is yet to hear.
     news: VecDeque<(Endpoint, PeerChange)>,
+    answers: VecDeque<(LookupId, Answer)>,
     dirty: Vec<Rc<Connection>>,
     dials: Vec<Dial>,
     grants: Vec<Grant>,
@@ -150,6 +152,7 @@ impl<P: Protocol> Host<P> {
             remotes: HashMap::new(),
             dialing: HashMap::new(),
             news: VecDeque::new(),
+            answers: VecDeque::new(),
             dirty: Vec::new(),
             dials: Vec::new(),
             grants: Vec::new(),

@@ -74,7 +74,7 @@ impl Draw {
 
     /// 0 to `end` - 1; 0 if `end` is 0.
     fn below(&mut self, end: u64) -> u64 {
-        (u128::from(self.next()) * u128::from(end) >> 64) as u64
+        ((u128::from(self.next()) * u128::from(end)) >> 64) as u64
     }
 
     /// One of them, by weight.

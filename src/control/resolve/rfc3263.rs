@@ -49,7 +49,7 @@ pub(super) async fn find<D: Dns>(dns: &D, host: &Name, lookup: &Lookup) -> Resul
         let until = if walk.silent.is_some() { until.min(now + PARTIAL) } else { until };
         return Ok(Found { groups, until });
     }
-    Err(walk.silent.unwrap_or(Miss::Absent { until: walk.until.unwrap_or(now) }))
+    Err(walk.silent.unwrap_or_else(|| Miss::Absent { until: walk.until.unwrap_or(now) }))
 }
 
 struct Walk<'a, D> {

@@ -12,6 +12,7 @@ mod diameter_links;
 mod diameter_peers;
 mod harness;
 mod load;
+mod nameserver;
 mod qos;
 mod registry;
 mod reload;

@@ -1,6 +1,7 @@
 //! sipp's calls through the edge.
 
 mod import;
+mod names;
 mod phone;
 mod scenarios;
 mod secure;

@@ -11,7 +11,7 @@ use crate::incoming::seconds;
 use crate::method::Method;
 use crate::respond::{Answer, follow_up};
 use crate::scan::{Name, Scan};
-use crate::transaction::{Cancel, LegState, State};
+use crate::transaction::{Cancel, LegState, Naming, State};
 use crate::uri::{name_addr, parameter};
 use crate::write::all_values;
 
@@ -173,6 +173,7 @@ impl SipEngine {
         transaction.answered_by = backend;
         transaction.state = if invite { State::Accepted } else { State::Completed };
         transaction.contacts.clear();
+        transaction.named = Naming::default();
         // Timers L (INVITE) and J.
         let wait = if invite || !transaction.client_reliable {
             timeout
@@ -266,6 +267,9 @@ impl SipEngine {
             // What took its place may have come to nothing as well.
             return;
         }
+        let refuses = refuses
+            || code == 503
+                && self.transactions.get(slot).is_some_and(|known| !known.named.places.is_empty());
         let why = if code == 503 { "answered_503" } else { "answered_code" };
         if refuses && !rang && self.fail_over(now, slot, why, router, out) {
             if let Some(leg) = self.transactions.get(slot).and_then(|known| known.leg(at.1)) {
@@ -281,6 +285,7 @@ impl SipEngine {
             self.cancel_legs(now, slot, Some(at.1), out);
             if let Some(transaction) = self.transactions.get(slot) {
                 transaction.contacts.clear();
+                transaction.named.places.clear();
                 transaction.forks_left = 0;
             }
         }

@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    Closing, Context, Endpoint, Engine, Message, Outbox, PeerChange, PoolId, Refusal, Route,
-    Router, Ticket, Transport, Wheel, WorkerId,
+    Closing, Context, Endpoint, Engine, LookupId, Message, Outbox, PeerChange, Place, PoolId,
+    Refusal, Route, Router, Ticket, Transport, Unresolved, Wheel, WorkerId,
 };
 
 use crate::calls::Calls;
 use crate::guard::Guard;
 use crate::local::Local;
+use crate::lookup::Held;
 use crate::options::{Matched, Mode, SipMatch, SipOptions};
 use crate::pace::Pace;
 use crate::place::Large;
@@ -85,6 +86,7 @@ pub struct SipEngine {
     pub(crate) large: Large,
     pub(crate) calls: Calls,
     pub(crate) guard: Guard,
+    pub(crate) held: Held,
     due: Vec<u64>,
 }
 
@@ -105,6 +107,7 @@ impl SipEngine {
             large: Large::default(),
             calls: Calls::new(context.worker, context.seed),
             guard: Guard::default(),
+            held: Held::default(),
             due: Vec::new(),
         }
     }
@@ -195,6 +198,17 @@ impl Engine for SipEngine {
             PeerChange::Retired => out.close(peer, Closing::Flushed),
             PeerChange::Opened { .. } | PeerChange::Joined(_) | PeerChange::JoinFailed(..) => {}
         }
+    }
+
+    fn on_resolved(
+        &mut self,
+        now: Instant,
+        lookup: LookupId,
+        found: Result<&[Place], Unresolved>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        self.resolved(now, lookup, found, router, out);
     }
 
     fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {

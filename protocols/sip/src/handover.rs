@@ -58,6 +58,9 @@ impl SipEngine {
             if transaction.ticket.take().is_some() {
                 transaction.ends_at = None;
                 waited.push(*slot);
+            } else if transaction.named.until.take().is_some() {
+                // What name servers say is heard by the process that asked.
+                waited.push(*slot);
             }
             let owed = transaction.legs.iter().filter(|leg| leg.owed);
             for backend in owed.filter_map(|leg| leg.backend).collect::<Vec<BackendId>>() {
@@ -81,7 +84,9 @@ impl SipEngine {
     /// A request that waited in the other process's queue is placed as if it had come just now.
     fn place_again(&mut self, now: Instant, slot: u32, router: &mut dyn Router, out: &mut Outbox) {
         let sent = self.with_request(slot, |engine, request, scan| {
+            let contact = engine.named_uri(slot);
             let wanted = engine.target_again(slot, request, scan, router)?;
+            let wanted = crate::lookup::by_contact(wanted, contact.as_deref());
             Some(engine.place_and_send(now, slot, request, scan, &wanted, router, out))
         });
         if let Some(Err((answer, _))) = sent.flatten() {

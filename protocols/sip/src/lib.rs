@@ -33,6 +33,7 @@ mod handover;
 mod incoming;
 pub mod limit;
 mod local;
+mod lookup;
 mod method;
 pub mod options;
 mod pace;

@@ -77,6 +77,16 @@ impl Local {
         self.sockets.iter().any(|place| place.transport == transport)
     }
 
+    /// Whether something is bound to addresses of a family.
+    pub(crate) fn has_family(&self, ipv6: bool) -> bool {
+        self.sockets.iter().any(|place| place.address.is_ipv6() == ipv6)
+    }
+
+    /// Whether a place is one of ours.
+    pub(crate) fn is_here(&self, transport: Transport, address: SocketAddr) -> bool {
+        self.sockets.iter().any(|place| place.transport == transport && place.address == address)
+    }
+
     /// The socket that names us to peers reached by `transport`: a listening one of that kind and
     /// family, else any.
     pub(crate) fn facing(&self, transport: Transport, ipv6: bool) -> u16 {

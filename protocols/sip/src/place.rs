@@ -11,6 +11,7 @@ use strowger_contract::{
 
 use crate::branch::Branch;
 use crate::engine::{Settings, SipEngine};
+use crate::lookup::by_contact;
 use crate::pace::Excluded;
 use crate::respond::Answer;
 use crate::scan::{Scan, Start};
@@ -53,7 +54,7 @@ impl NextHop {
                 address,
                 flow: Some(client),
             }),
-            Hop::Backend { .. } | Hop::Nowhere(..) => None,
+            Hop::Backend { .. } | Hop::Name { .. } | Hop::Nowhere(..) => None,
         }
     }
 
@@ -98,6 +99,7 @@ impl SipEngine {
                 }
             },
             Hop::Nowhere(code, reason) => return Err((Answer::new(code, reason), None)),
+            Hop::Name { .. } => return self.look_up(now, slot, wanted, out),
             direct => match NextHop::direct(direct) {
                 Some(hop) => hop,
                 None => return Err((Answer::new(500, "No Next Hop"), None)),
@@ -253,6 +255,10 @@ impl SipEngine {
             self.pace.placed(now, backend, patience);
             patience
         });
+        // A place of a name is left for the next one as an instance is (RFC 3263 4.3), as long as
+        // there is one.
+        let others = self.transactions.get(slot).is_some_and(|it| !it.named.places.is_empty());
+        let patience = patience.or_else(|| others.then_some(most));
         let leg = Leg {
             backend: hop.backend,
             pin: hop.pin,
@@ -291,6 +297,13 @@ impl SipEngine {
         out: &mut Outbox,
     ) -> bool {
         let Some(transaction) = self.transactions.get(slot) else { return false };
+        if !transaction.cancelled && !transaction.named.places.is_empty() {
+            let done = self.next_place(now, slot, router, out);
+            if done {
+                out.note(Note::Retry(why));
+            }
+            return done;
+        }
         if transaction.cancelled
             || transaction.ticket.is_some()
             || transaction.pool.is_none()
@@ -405,7 +418,12 @@ impl SipEngine {
             let sent = self.with_request(slot, |engine, request, scan| {
                 let known = engine.target_again(slot, request, scan, router)?;
                 let uri = crate::uri::Uri::parse(&contact)?;
-                let address = uri.address()?;
+                let Some(address) = uri.address() else {
+                    let wanted = by_contact(known, Some(&contact));
+                    return engine
+                        .place_and_send(now, slot, request, scan, &wanted, router, out)
+                        .ok();
+                };
                 let (transport, backend) = (uri.transport(), router.backend_at(address));
                 let pin = backend.and_then(|backend| router.backend(backend)).map(|view| view.pin);
                 let hop = match (pin, known.hop) {

@@ -16,7 +16,7 @@ use crate::options::Fork;
 use crate::respond::{Answer, is_our_tag, respond};
 use crate::scan::{Name, Scan, ScanError};
 use crate::target::{Hop, Target, target};
-use crate::transaction::{Best, LEGS_MAX, State, Transaction};
+use crate::transaction::{Best, LEGS_MAX, Naming, State, Transaction};
 use crate::uri::tag;
 use crate::via::Via;
 use crate::write::all_values;
@@ -213,6 +213,7 @@ impl SipEngine {
             contacts: Vec::new(),
             redirected: 0,
             best: Best { bytes: self.transactions.buffer(b""), ..Best::default() },
+            named: Naming::default(),
             ticket: None,
             first_answer: None,
             ringing: None,
@@ -381,6 +382,7 @@ impl SipEngine {
         }
         transaction.cancelled = true;
         transaction.contacts.clear();
+        transaction.named = Naming::default();
         transaction.forks_left = 0;
         if let Some(ticket) = transaction.ticket {
             self.transactions.waited(ticket);

@@ -62,11 +62,17 @@ pub(crate) fn on_response(
     if branch.verify(token, call_id, router).is_none() {
         return out.drop_message("response_forged");
     }
-    pass_back(engine, message, scan, out);
+    pass_back(engine, now, message, scan, out);
 }
 
 /// RFC 3261 16.11, 18.2.2: back by the next Via.
-fn pass_back(engine: &SipEngine, message: &Message<'_>, scan: &Scan, out: &mut Outbox) {
+fn pass_back(
+    engine: &mut SipEngine,
+    now: Instant,
+    message: &Message<'_>,
+    scan: &Scan,
+    out: &mut Outbox,
+) {
     let bytes = message.bytes;
     let first = scan.value(bytes, Name::Via).and_then(Via::first);
     let second = match first {
@@ -75,9 +81,12 @@ fn pass_back(engine: &SipEngine, message: &Message<'_>, scan: &Scan, out: &mut O
     };
     let Some((via, _)) = second else { return out.drop_message("response_without_next_via") };
     let transport = via_transport(&via);
-    let to =
-        via.response_address().and_then(|address| engine.settings.endpoint(transport, address));
-    let Some(to) = to else { return out.drop_message("response_to_host_name") };
+    let Some(address) = via.response_address() else {
+        return engine.hold_response(now, message, &via, transport, out);
+    };
+    let Some(to) = engine.settings.endpoint(transport, address) else {
+        return out.drop_message("response_without_socket");
+    };
     out.note(Note::Count("sip_responses_stateless"));
     out.send(to, ClassId::CONTROL, |buffer| backward(bytes, scan, false, buffer));
 }

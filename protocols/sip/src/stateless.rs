@@ -66,11 +66,29 @@ impl SipEngine {
             Hop::Nowhere(code, reason) => {
                 return self.refuse(now, incoming, class, &Answer::new(code, reason), out);
             }
+            Hop::Name { .. } => return self.hold_request(now, incoming, target, out),
             direct => match NextHop::direct(direct) {
                 Some(hop) => hop,
                 None => return out.drop_message("no_next_hop"),
             },
         };
+        self.send_stateless(now, incoming, target, class, &hop, router, out);
+    }
+
+    /// Writes and sends it.
+    #[allow(clippy::too_many_arguments, reason = "what every handler gets")]
+    pub(crate) fn send_stateless(
+        &mut self,
+        now: Instant,
+        incoming: &Incoming<'_>,
+        target: &Target<'_>,
+        class: ClassId,
+        hop: &NextHop,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let message = &incoming.message;
+        let one_way = incoming.method == Method::Ack;
         let Some(to) = hop.endpoint(&self.settings) else { return out.drop_message("no_socket") };
         // The same for each retransmission, and for an INVITE's CANCEL and ACK (16.11).
         let (slot, generation) = ((incoming.key >> 32) as u32, incoming.key as u32);
@@ -98,7 +116,7 @@ impl SipEngine {
             message.bytes,
             incoming.scan,
             target,
-            &hop,
+            hop,
             branch,
             &origin,
             incoming.call_id,

@@ -9,6 +9,7 @@ use strowger_contract::{
 
 use crate::classify::is_emergency;
 use crate::engine::Settings;
+use crate::lookup::Named;
 use crate::options::Matched;
 use crate::scan::{Name, Scan};
 use crate::uri::{Uri, tag};
@@ -18,6 +19,8 @@ use crate::write::{all_values, route_uri};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Target<'a> {
     pub(crate) hop: Hop,
+    /// The next hop's name, for [`Hop::Name`].
+    pub(crate) name: Option<Named<'a>>,
     /// Route values of ours to take off.
     pub(crate) pop_routes: usize,
     /// A new Request-URI.
@@ -45,6 +48,8 @@ pub(crate) enum Hop {
     /// The connection of the client's side of a dialog, as our Record-Route named it; `address` is
     /// what its Contact says.
     Flow { client: ClientFlow, address: SocketAddr, pin: Option<Pin> },
+    /// A host whose address name servers know; `pin` as for an address.
+    Name { pin: Option<Pin> },
     /// There is none.
     Nowhere(u16, &'static str),
 }
@@ -146,6 +151,7 @@ pub(crate) fn target<'a>(
     let parsed = Uri::parse(uri);
     let mut target = Target {
         hop: Hop::Nowhere(500, ""),
+        name: None,
         pop_routes: 0,
         uri: None,
         drop_last_route: false,
@@ -278,8 +284,11 @@ fn towards_address<'a>(
         Some(address) if matches!(transport, Transport::Udp | Transport::Tcp | Transport::Tls) => {
             Hop::Address { transport, address, pin }
         }
-        Some(_) => Hop::Nowhere(500, "Transport Of The Next Hop Not Supported"),
-        None => Hop::Nowhere(500, "Next Hop Is A Host Name"),
+        None if matches!(transport, Transport::Udp | Transport::Tcp | Transport::Tls) => {
+            target.name = Some(Named::of(&uri));
+            Hop::Name { pin }
+        }
+        Some(_) | None => Hop::Nowhere(500, "Transport Of The Next Hop Not Supported"),
     };
 }
 

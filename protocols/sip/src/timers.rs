@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use strowger_contract::{ClassId, Note, Outbox, Router};
+use strowger_contract::{ClassId, Note, Outbox, Router, Unresolved};
 
 use crate::answers::At;
 use crate::engine::SipEngine;
@@ -37,7 +37,12 @@ impl SipEngine {
             self.note_end(now, slot, None, out);
             return self.transactions.remove(slot);
         }
-        for attempt in 1..=transaction.legs.len() as u8 {
+        if due(transaction.named.until, now) {
+            // The resolver always answers; should it ever not, this does.
+            self.unresolved(now, slot, Unresolved::NoAnswer, router, out);
+        }
+        let legs = self.transactions.current(slot, generation).map_or(0, |it| it.legs.len());
+        for attempt in 1..=legs as u8 {
             self.wake_leg(now, (slot, attempt), router, out);
         }
         if let Some(transaction) = self.transactions.current(slot, generation)

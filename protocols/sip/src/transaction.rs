@@ -123,6 +123,18 @@ pub(crate) struct Best {
     pub(crate) reason: strowger_contract::handover::Word,
 }
 
+/// A next hop that is a name. Rare, so its parts may be allocated.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Naming {
+    /// It is looked up, and this is the end of the wait.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
+    pub(crate) until: Option<Instant>,
+    /// The URI that named it, if a 3xx did.
+    pub(crate) uri: Option<Box<[u8]>>,
+    /// Places not yet tried, the next one last.
+    pub(crate) places: Vec<(Transport, SocketAddr)>,
+}
+
 /// A transaction.
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct Transaction {
@@ -163,6 +175,8 @@ pub(crate) struct Transaction {
     pub(crate) contacts: Vec<Box<[u8]>>,
     pub(crate) redirected: u8,
     pub(crate) best: Best,
+    /// What a name of its next hop leads to.
+    pub(crate) named: Naming,
     /// It waits in the router's queue.
     pub(crate) ticket: Option<Ticket>,
     /// From arrival to the first sign of life passed on.
@@ -191,7 +205,7 @@ pub(crate) struct Transaction {
 impl Transaction {
     /// When something is next due.
     pub(crate) fn next_wake(&self) -> Option<Instant> {
-        let own = [self.repeat_at, self.ends_at].into_iter().flatten().min();
+        let own = [self.repeat_at, self.ends_at, self.named.until].into_iter().flatten().min();
         self.legs.iter().filter_map(Leg::next_wake).chain(own).min()
     }
 
@@ -201,7 +215,7 @@ impl Transaction {
 
     /// Whether some leg's answer is still waited for.
     pub(crate) fn is_pending(&self) -> bool {
-        self.legs.iter().any(Leg::is_pending)
+        self.named.until.is_some() || self.legs.iter().any(Leg::is_pending)
     }
 
     /// Notes another try.

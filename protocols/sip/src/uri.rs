@@ -52,6 +52,13 @@ impl<'a> Uri<'a> {
         self.parameter(b"lr").is_some()
     }
 
+    /// What it says that it is to be reached by: `transport`, and `sips`.
+    #[must_use]
+    pub fn wanted_transport(&self) -> Option<Transport> {
+        let said = self.secure || self.parameter(b"transport").flatten().is_some();
+        said.then(|| self.transport())
+    }
+
     /// What it is to be reached by: `transport`, else UDP.
     #[must_use]
     pub fn transport(&self) -> Transport {

@@ -78,6 +78,12 @@ impl<'a> Via<'a> {
         Some((ip, rport.or(self.port).unwrap_or(5060)).into())
     }
 
+    /// Whether `received` says where its sender is, whatever its host says.
+    #[must_use]
+    pub fn is_received_by_address(&self) -> bool {
+        parameter(self.parameters, b"received").is_some()
+    }
+
     /// Whether it runs over a stream.
     #[must_use]
     pub fn is_stream(&self) -> bool {

@@ -19,13 +19,30 @@ pub enum Operation {
     /// Any bytes from anybody.
     Raw(u8, Vec<u8>),
     /// A true message of some kind, with one byte changed if `bend` says so.
-    True { from: u8, kind: u8, number: u8, bend: Option<(u16, u8)> },
+    True {
+        from: u8,
+        kind: u8,
+        number: u8,
+        bend: Option<(u16, u8)>,
+    },
     /// An instance answers what it was sent (the so many-th last), perhaps bent.
-    Answer { which: u8, code: u8, bend: Option<(u16, u8)> },
+    Answer {
+        which: u8,
+        code: u8,
+        bend: Option<(u16, u8)>,
+    },
     /// Whom the edge sent something to sends it back, or somebody else sends it.
-    Echo { which: u8, from: Option<u8> },
-    Peer { peer: u8, change: u8 },
-    Pass { ms: u16 },
+    Echo {
+        which: u8,
+        from: Option<u8>,
+    },
+    Peer {
+        peer: u8,
+        change: u8,
+    },
+    Pass {
+        ms: u16,
+    },
     Instances(u8),
     Drain,
 }
@@ -151,7 +168,7 @@ fn check<P: Protocol>(rig: &Rig<P>) {
             Command::Send(frame) => assert!(!rig.out.bytes(&frame.bytes).is_empty()),
             Command::HandOver { to, .. } => assert_eq!(to.0, 0, "there is one worker only"),
             Command::Close(..) | Command::Splice(..) => {}
-            Command::HoldOff(..) | Command::Proven(_) => {}
+            Command::HoldOff(..) | Command::Proven(_) | Command::Resolve { .. } => {}
         }
     }
 }

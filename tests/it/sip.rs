@@ -1,5 +1,7 @@
 //! sipp's calls through the edge.
 
+mod caller;
+mod chaos;
 mod import;
 mod names;
 mod phone;

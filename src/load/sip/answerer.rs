@@ -19,6 +19,8 @@ const REPEATS: u32 = 7;
 
 /// All instances of this process.
 pub(crate) struct Answerers {
+    /// The number that the first one goes by on the wire.
+    first: usize,
     identities: Vec<Identity>,
     rings: bool,
     answer_after: Duration,
@@ -43,11 +45,12 @@ struct Answered {
 impl Answerers {
     pub(crate) fn new(
         now: Instant,
-        identities: Vec<Identity>,
+        (first, identities): (usize, Vec<Identity>),
         rings: bool,
         answer_after: Duration,
     ) -> Self {
         Self {
+            first,
             identities,
             rings,
             answer_after,
@@ -74,6 +77,7 @@ impl Answerers {
     ) {
         let method = method_of(bytes);
         let me = &self.identities[instance];
+        let instance = self.first + instance;
         let to = scan.value(bytes, Name::To).unwrap_or_default();
         if tagged_instance(to).is_some_and(|owner| owner != instance) {
             self.misrouted += 1;
@@ -142,7 +146,7 @@ impl Answerers {
             if call.reply.is_empty() {
                 let mut scan = Scan::default();
                 if scan.scan(&call.request).is_ok() {
-                    let me = &self.identities[call.instance];
+                    let me = &self.identities[call.instance - self.first];
                     let reply = &mut call.reply;
                     answer(reply, me, call.instance, (200, "OK"), &call.request, &scan);
                 }

@@ -28,6 +28,9 @@ pub struct SipOptions {
     /// Play an instance there; may be given several times. Its number is its place.
     #[arg(long = "answer", value_name = "ADDRESS")]
     answers: Vec<Address>,
+    /// The number of the first instance: tells instances of several processes apart.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    first: usize,
     /// What is begun.
     #[arg(long, value_enum, default_value = "call")]
     kind: Kind,
@@ -115,7 +118,7 @@ pub(crate) fn run(options: &SipOptions) -> Result<(Report, Instant)> {
         identities.push(identity(options, *address, local, String::new()));
     }
     let rings = !options.no_ringing;
-    let answerers = Answerers::new(now, identities, rings, options.ring);
+    let answerers = Answerers::new(now, (options.first, identities), rings, options.ring);
     let callers =
         options.target.map(|target| connect(&mut net, options, now, target)).transpose()?;
     let report = Report::new("sip", now);

@@ -5,13 +5,13 @@ use std::cell::RefCell;
 use std::io;
 use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
 use std::ops::Range;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use strowger_contract::Outbox;
-use tokio::io::Interest;
-use tokio::net::UdpSocket;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, Ready};
 
-use super::sys::{RecvBatch, SendBatch, SendError, keep_errors, next_error};
+use super::sys::{RecvBatch, SendBatch, SendError, keep_errors, next_error, watched};
 
 /// Datagrams per system call. 32 spread the call's cost thin (measured elsewhere: the gain beyond
 /// is under 3 %) and keep the time between two looks at the clock short.
@@ -26,7 +26,9 @@ const ERRORS_PER_TURN: usize = 64;
 
 /// The socket.
 pub(crate) struct DatagramPort {
-    socket: UdpSocket,
+    /// Watched for reading only. Were it watched for writing too, the kernel would wake the worker
+    /// once for every datagram that it sent: each one that the receiver takes makes room.
+    socket: AsyncFd<StdUdpSocket>,
     pub(crate) local: SocketAddr,
     /// Place in [`strowger_contract::Scope::sockets`].
     pub(crate) index: u16,
@@ -59,7 +61,7 @@ impl DatagramPort {
         // Without it a backend that is gone would only be found out by its silence.
         keep_errors(socket.as_fd(), local.is_ipv6())?;
         Ok(Self {
-            socket: UdpSocket::from_std(socket)?,
+            socket: watched(socket, Interest::READABLE | Interest::ERROR)?,
             local,
             index,
             send: RefCell::new(Outgoing {
@@ -78,28 +80,43 @@ impl DatagramPort {
         batch: &mut RecvBatch,
         errors: &mut Vec<SendError>,
     ) -> io::Result<usize> {
-        let ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
-        if ready.is_error() {
-            self.take_errors(errors);
+        let mut ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.ready().is_error() && self.take_errors(errors) {
+            ready.clear_ready_matching(Ready::ERROR);
         }
-        match self.socket.try_io(Interest::READABLE, || batch.receive(self.socket.as_fd())) {
+        let result = batch.receive(self.descriptor());
+        let is_drained = match &result {
+            Ok(count) => *count < BATCH,
+            Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+        };
+        if is_drained {
+            // What comes from now on is a new event: to ask once more would be a call for nothing.
+            ready.clear_ready_matching(Ready::READABLE);
+        }
+        match result {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             result => result,
         }
     }
 
-    fn take_errors(&self, errors: &mut Vec<SendError>) {
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.socket.get_ref().as_fd()
+    }
+
+    /// Whether there are no more of them.
+    fn take_errors(&self, errors: &mut Vec<SendError>) -> bool {
         for _ in 0..ERRORS_PER_TURN {
-            match self.socket.try_io(Interest::ERROR, || next_error(self.socket.as_fd())) {
+            match next_error(self.descriptor()) {
                 Ok(error) => errors.extend(error),
-                Err(_) => return,
+                Err(_) => return true,
             }
         }
+        false
     }
 
     /// Receives another batch if there is one, without waiting.
     pub(crate) fn receive_more(&self, batch: &mut RecvBatch) -> Option<usize> {
-        self.socket.try_io(Interest::READABLE, || batch.receive(self.socket.as_fd())).ok()
+        batch.receive(self.descriptor()).ok()
     }
 
     /// Notes that a range of the arena is to go to `remote` with the next [`DatagramPort::flush`].
@@ -142,7 +159,15 @@ impl DatagramPort {
 
     /// Gives the kernel what waits, as it takes it, until nothing waits.
     pub(crate) async fn drain(&self, progress: impl Fn(Sent)) {
-        while self.is_waiting() && self.socket.writable().await.is_ok() {
+        // A descriptor of its own, since the other is watched for reading only.
+        let writer = self.socket.get_ref().try_clone();
+        let Ok(writer) = writer.and_then(|it| watched(it, Interest::WRITABLE)) else {
+            return self.forget_backlog(progress);
+        };
+        while self.is_waiting() {
+            let Ok(mut ready) = writer.writable().await else { return };
+            // Cleared first: the kernel says anew when it has room again.
+            ready.clear_ready();
             let mut sent = Sent::default();
             {
                 let mut guard = self.send.borrow_mut();
@@ -158,6 +183,16 @@ impl DatagramPort {
         }
     }
 
+    /// Without a descriptor to wait by, what waits is lost, and counted as that.
+    fn forget_backlog(&self, progress: impl Fn(Sent)) {
+        let mut outgoing = self.send.borrow_mut();
+        let overflowed = outgoing.waiting.len() as u64;
+        outgoing.waiting.clear();
+        outgoing.backlog = Vec::new();
+        drop(outgoing);
+        progress(Sent { overflowed, ..Sent::default() });
+    }
+
     /// Sends until the kernel takes no more; how many of `list` are dealt with.
     fn send_some(
         &self,
@@ -170,11 +205,8 @@ impl DatagramPort {
         let mut again = false;
         while done < list.len() {
             let rest = &list[done..];
-            let result = self.socket.try_io(Interest::WRITABLE, || {
-                let mut items = rest.iter().map(|(remote, range)| (*remote, &whole[range.clone()]));
-                batch.send(self.socket.as_fd(), &mut items)
-            });
-            match result {
+            let mut items = rest.iter().map(|(remote, range)| (*remote, &whole[range.clone()]));
+            match batch.send(self.descriptor(), &mut items) {
                 Ok(count) => {
                     sent.messages += count as u64;
                     sent.bytes +=
@@ -225,7 +257,6 @@ mod tests {
         let far = bound();
         let to = far.local_addr().expect("bound");
         let port = DatagramPort::new(bound(), 0).expect("in a runtime");
-        port.socket.writable().await.expect("a socket");
         let mut outbox = Outbox::new();
         for length in [10, 70_000, 20] {
             let endpoint = Endpoint::Datagram { socket: 0, remote: to };
@@ -241,5 +272,53 @@ mod tests {
         let mut buffer = [0; 100];
         assert_eq!(far.recv(&mut buffer).expect("sent"), 10);
         assert_eq!(far.recv(&mut buffer).expect("sent"), 20);
+    }
+
+    #[tokio::test]
+    async fn what_waits_for_the_kernel_goes_in_order_when_there_is_room() {
+        let far = bound();
+        let to = far.local_addr().expect("bound");
+        far.set_nonblocking(false).expect("a socket option");
+        socket2::SockRef::from(&far).set_recv_buffer_size(8 << 20).expect("a socket option");
+        let near = bound();
+        socket2::SockRef::from(&near).set_send_buffer_size(4_096).expect("a socket option");
+        let port = DatagramPort::new(near, 0).expect("in a runtime");
+        // As if the kernel had taken none of them.
+        {
+            let mut outgoing = port.send.borrow_mut();
+            for number in 0..100u8 {
+                let start = outgoing.backlog.len();
+                outgoing.backlog.resize(start + 1_000, number);
+                outgoing.waiting.push((to, start..start + 1_000));
+            }
+        }
+        let sent = RefCell::new(Sent::default());
+        port.drain(|some| sent.borrow_mut().messages += some.messages).await;
+        assert!(!port.is_waiting());
+        assert_eq!(sent.into_inner().messages, 100);
+        let mut buffer = [0; 2_000];
+        for number in 0..100 {
+            assert_eq!(far.recv(&mut buffer).expect("sent"), 1_000);
+            assert_eq!(buffer[0], number);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_that_was_emptied_is_heard_again() {
+        let (near, far) = (bound(), bound());
+        let to = near.local_addr().expect("bound");
+        let port = DatagramPort::new(near, 0).expect("in a runtime");
+        let (mut batch, mut errors) = (RecvBatch::new(BATCH), Vec::new());
+        for count in [1, BATCH, 3, 2 * BATCH + 1, 1] {
+            for _ in 0..count {
+                far.send_to(b"datagram", to).expect("sent");
+            }
+            let mut received = 0;
+            while received < count {
+                received += port.receive(&mut batch, &mut errors).await.expect("received");
+            }
+            assert_eq!(received, count);
+        }
+        assert!(errors.is_empty());
     }
 }

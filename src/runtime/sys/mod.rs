@@ -3,6 +3,8 @@
 
 mod icmp;
 mod mmsg;
+mod watched;
 
 pub(crate) use icmp::{SendError, keep_errors, next_error};
 pub(crate) use mmsg::{RecvBatch, SendBatch};
+pub(crate) use watched::watched;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::admin::{self, AdminBackend, Check, PutError, Traced};
 use crate::control::config::{self, ConfigErrors, Loaded, Source};
+use crate::control::providers::Providers;
 use crate::control::registry::Registry;
 use crate::control::resolve::Names;
 use crate::control::{probes, service, watch};
@@ -75,6 +76,7 @@ struct Inner {
     events: Arc<Events>,
     sinks: Sinks,
     names: Arc<Names>,
+    providers: Providers,
     registry: Arc<Registry>,
     /// Held while configuration and leases are made one.
     merging: Mutex<()>,
@@ -143,6 +145,8 @@ impl Edge {
             first.registry.state_file.as_ref().map(PathBuf::from),
             first.registry.lease,
         );
+        let providers =
+            Providers::new(Arc::clone(&registry), Arc::clone(&metrics), Arc::clone(&events));
         let inner = Arc::new(Inner {
             registry: Arc::clone(&registry),
             merging: Mutex::default(),
@@ -151,6 +155,7 @@ impl Edge {
             events,
             sinks,
             names,
+            providers,
             protocols,
             fleet: Mutex::new(fleet),
             active: Mutex::new(Active { sources: Vec::new(), loaded: Loaded::default() }),
@@ -514,9 +519,11 @@ impl Inner {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&failures);
         let mut active = self.active();
         active.sources = std::mem::take(&mut loaded.sources);
+        let providers = loaded.providers.clone();
         active.loaded = loaded;
         drop(active);
         drop(merging);
+        self.providers.configure(&providers);
         failures
     }
 

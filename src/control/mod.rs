@@ -4,6 +4,7 @@
 pub mod admin;
 pub mod config;
 pub mod probes;
+pub mod providers;
 pub mod registry;
 pub mod resolve;
 pub mod service;

@@ -449,6 +449,12 @@ impl Metrics {
         self.providers.with_label_values(&[name]).set(i64::from(up));
     }
 
+    /// A provider is no more.
+    pub fn provider_gone(&self, name: &str) {
+        // It may never have said anything.
+        let _absent = self.providers.remove_label_values(&[name]);
+    }
+
     /// A configuration was loaded, or could not be.
     pub fn reloaded(&self, epoch: Option<u64>, at: Duration) {
         let outcome = if epoch.is_some() { "success" } else { "failure" };

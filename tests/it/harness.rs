@@ -199,7 +199,7 @@ impl Edge {
     }
 
     /// Waits until something holds.
-    pub(crate) fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
+    pub(crate) fn until(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
         let end = Instant::now() + Duration::from_secs(20);
         while !holds(self) {
             assert!(

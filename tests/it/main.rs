@@ -13,6 +13,7 @@ mod diameter_peers;
 mod harness;
 mod load;
 mod nameserver;
+mod providers;
 mod qos;
 mod registry;
 mod reload;

@@ -4,7 +4,7 @@ mod caller;
 mod chaos;
 mod import;
 mod names;
-mod phone;
+pub(crate) mod phone;
 mod scenarios;
 mod secure;
 mod torture;

@@ -13,7 +13,8 @@ use super::node::{AdminSettings, NodeSettings, RegistrySettings, admin, node, re
 use super::pools::{RawPool, pool};
 use super::read::{Reader, join};
 use super::tree::{Kind, Node};
-use super::{Source, classes, dns, exports};
+use super::{Source, classes, dns, exports, providers};
+use crate::control::providers::ProviderSettings;
 use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{PoolNames, SnapshotSpec};
@@ -37,6 +38,8 @@ pub struct Loaded {
     pub hep: Option<HepSettings>,
     /// The registry of leased instances.
     pub registry: RegistrySettings,
+    /// Who tells of instances besides.
+    pub providers: ProviderSettings,
     /// How names are looked up.
     pub dns: DnsSettings,
     /// Further directories to read and watch.
@@ -71,7 +74,7 @@ impl<'a> Build<'a> {
 
     /// Reads one file.
     pub(super) fn read(&mut self, reader: &mut Reader, tree: &Node) {
-        const KEYS: [&str; 11] = [
+        const KEYS: [&str; 12] = [
             "version",
             "node",
             "admin",
@@ -83,6 +86,7 @@ impl<'a> Build<'a> {
             "cdr",
             "hep",
             "dns",
+            "providers",
         ];
         let Some(fields) = reader.fields(tree, "", &KEYS) else { return };
         if let Some(version) = fields.get("version")
@@ -90,7 +94,7 @@ impl<'a> Build<'a> {
         {
             reader.wrong(version, "version", "this release reads version 1");
         }
-        for key in ["node", "admin", "registry", "cdr", "hep", "dns"] {
+        for key in ["node", "admin", "registry", "cdr", "hep", "dns", "providers"] {
             if let Some(node) = fields.get(key) {
                 self.once(reader, key, node);
             }
@@ -109,6 +113,9 @@ impl<'a> Build<'a> {
         }
         if let Some(tree) = fields.get("hep").filter(|tree| tree.kind != Kind::Null) {
             self.loaded.hep = exports::hep(reader, tree);
+        }
+        if let Some(tree) = fields.get("providers") {
+            self.loaded.providers = providers::providers(reader, tree);
         }
         if let Some(tree) = fields.get("dns") {
             dns::dns(reader, tree, &mut self.loaded.dns);

@@ -9,8 +9,10 @@ use strowger_contract::{ClassId, duration};
 
 use super::Loaded;
 use super::pools::{BALANCES, POLICIES, SEND_PROXY};
+use super::providers::ISOLATIONS;
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 use super::tree::{self, Node, Step};
+use crate::control::providers::{CloudFoundrySettings, ProviderSettings};
 use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{BackendSpec, ListenerSpec, PoolSpec, TlsClientSpec, TlsServerSpec};
@@ -86,6 +88,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
             ]),
         ),
         ("dns", dns(&loaded.dns)),
+        ("providers", providers(&loaded.providers)),
         ("cdr", loaded.cdr.as_ref().map_or_else(null, cdr)),
         ("hep", loaded.hep.as_ref().map_or_else(null, hep)),
         ("watch", Shown::List(watched)),
@@ -106,6 +109,34 @@ fn dns(dns: &DnsSettings) -> Shown {
         ("concurrent", number(dns.concurrent)),
         ("ttl_max", time(dns.ttl_max)),
         ("stale", time(dns.stale)),
+    ])
+}
+
+fn providers(providers: &ProviderSettings) -> Shown {
+    map([("cloud_foundry", providers.cloud_foundry.as_ref().map_or_else(null, cloud_foundry))])
+}
+
+fn cloud_foundry(settings: &CloudFoundrySettings) -> Shown {
+    let texts = |list: &[String]| Shown::List(list.iter().map(|item| text(item)).collect());
+    let path = |path: &Option<std::path::PathBuf>| {
+        path.as_ref().map_or_else(null, |path| text(&path.display().to_string()))
+    };
+    let mapping = &settings.mapping;
+    let pools = mapping.pools.iter().map(|(uri, pool)| (uri.clone(), text(pool))).collect();
+    let isolation = ISOLATIONS.iter().find(|(_, known)| *known == mapping.isolation);
+    map([
+        ("servers", texts(&settings.servers)),
+        ("user", optional(settings.user.as_ref())),
+        ("password_file", optional(settings.password_file.as_ref())),
+        ("ca", path(&settings.ca)),
+        ("certificate", path(&settings.certificate)),
+        ("key", path(&settings.key)),
+        ("pools", Shown::Map(pools)),
+        ("isolation", text(isolation.map_or("all", |(word, _)| word))),
+        ("segments", texts(&mapping.segments)),
+        ("stale_threshold", time(mapping.stale_threshold)),
+        ("register_interval", time(settings.register_interval)),
+        ("hosts", Shown::List(settings.hosts.iter().map(|host| text(&host.to_string())).collect())),
     ])
 }
 

@@ -9,6 +9,7 @@
 //! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
 //! | `dns` | name servers |
 //! | `exports` | call records and HEP |
+//! | `providers` | who tells of instances besides |
 //! | `tls` | certificates, keys, authorities |
 //! | `configure` | a protocol's own options |
 //! | `schema` | the JSON schema |
@@ -25,6 +26,7 @@ mod listeners;
 mod node;
 mod permissions;
 mod pools;
+mod providers;
 mod read;
 mod schema;
 mod tls;

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::configure::Configure;
 use super::pools::SEND_PROXY;
+use super::providers::ISOLATIONS;
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 
 /// One of some words.
@@ -67,6 +68,14 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
             "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] }, "permissions_file": { "type": ["string", "null"] } })),
             "registry": map(json!({ "state_file": { "type": ["string", "null"] }, "lease": duration })),
             "dns": map(json!({ "servers": { "type": "array", "maxItems": 8, "items": { "type": "string" } }, "query_timeout": duration, "timeout": duration, "cache": number(16, 1_000_000), "concurrent": number(1, 4_096), "ttl_max": duration, "stale": duration })),
+            "providers": map(json!({ "cloud_foundry": { "type": "object", "additionalProperties": false, "required": ["servers"], "properties": {
+                "servers": { "type": "array", "minItems": 1, "maxItems": 32, "items": { "type": "string", "pattern": "^(nats|tls)://" } },
+                "user": { "type": "string" }, "password_file": { "type": "string" },
+                "ca": { "type": "string" }, "certificate": { "type": "string" }, "key": { "type": "string" },
+                "pools": { "type": "object", "additionalProperties": { "type": "string" } },
+                "isolation": words(&ISOLATIONS), "segments": { "type": "array", "items": { "type": "string" } },
+                "stale_threshold": duration, "register_interval": duration,
+                "hosts": { "type": "array", "items": { "type": "string" } } } } })),
             "cdr": map(json!({ "file": { "type": "string" }, "max_bytes": number(4_096, 1 << 40), "keep": number(0, 1_000) })),
             "hep": map(json!({ "collector": { "type": "string" }, "sample_one_in": number(1, 1_000_000), "capture_id": number(0, u64::from(u32::MAX)), "auth_key_file": { "type": "string" } })),
             "watch": { "type": "array", "items": { "type": "string" } },

@@ -75,15 +75,19 @@ pub struct ProviderState {
 }
 
 /// Why a registration or renewal was refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
     /// No configuration names such a pool.
+    #[error("no configuration names the pool")]
     NoPool,
     /// A field is wrong.
+    #[error("{0}")]
     Bad(String),
     /// The id or the address stands in the configuration.
+    #[error("{0} stands in the configuration")]
     Configured(String),
     /// By the state machine.
+    #[error("{0}")]
     Refused(Refused),
 }
 
@@ -253,6 +257,9 @@ impl Registry {
             }
         }
         let now = self.now();
+        // A source vouches for its own addresses only: what another one brought in stays as long
+        // as it is alive.
+        let vouched = vouched && inner.model.holders_are_of(source, id, registration);
         Ok(inner.model.put(now, pool, id, registration.clone(), source, vouched)?)
     }
 
@@ -348,7 +355,22 @@ impl Registry {
         })
     }
 
-    /// A provider hears its source, or not.
+    /// Whether a configuration names the pool.
+    #[must_use]
+    pub fn has_pool(&self, pool: &str) -> bool {
+        self.inner().pools.contains(pool)
+    }
+
+    /// A provider is no more: what it brought in lapses as other leases do.
+    pub fn forget_provider(&self, name: &str) {
+        let mut inner = self.inner();
+        inner.providers.remove(name);
+        inner.model.source_back(self.now(), name);
+        drop(inner);
+        self.metrics.provider_gone(name);
+    }
+
+    /// A provider hears its source, or not. While it does not, what it brought in does not lapse.
     pub fn provider(&self, name: &str, state: Result<(), String>) {
         let (ok, detail) = match state {
             Ok(()) => (true, String::new()),
@@ -356,7 +378,15 @@ impl Registry {
         };
         self.metrics.provider(name, ok);
         let new = ProviderState { ok, detail: detail.clone() };
-        let before = self.inner().providers.insert(name.to_owned(), new);
+        let before = {
+            let mut inner = self.inner();
+            if ok {
+                inner.model.source_back(self.now(), name);
+            } else {
+                inner.model.source_lost(name);
+            }
+            inner.providers.insert(name.to_owned(), new)
+        };
         if before.as_ref().is_none_or(|before| before.ok != ok) {
             let event = if ok {
                 Event::node(Level::Info, "provider_up", name.to_owned())

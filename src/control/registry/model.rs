@@ -11,8 +11,10 @@
 //! - If more than half of a pool's leases lapse within one lease time, that is the control plane's
 //!   fault and not theirs: they are *held* in their last state. Only what the edge itself finds ill
 //!   lapses then. The first renewal of a held lease gives all held ones a fresh term.
+//! - While a provider does not hear its source, what it brought in does not lapse, unless the edge
+//!   itself finds it ill; when it hears again, all of it gets a fresh term first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -104,9 +106,10 @@ pub enum Put {
 }
 
 /// Why a registration or a renewal was refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
     /// Another instance has the address, and is alive.
+    #[error("{address} is in use by {}/{}", holder.0, holder.1)]
     AddressInUse {
         /// The address.
         address: String,
@@ -116,15 +119,19 @@ pub enum Refused {
         retry_ms: Millis,
     },
     /// A newer generation is known.
+    #[error("generation {known} is known")]
     Stale {
         /// The known one.
         known: u64,
     },
     /// Nobody of that name is known.
+    #[error("it is not known")]
     Unknown,
     /// The source that holds it is another.
+    #[error("{0} holds it")]
     OtherSource(SourceName),
     /// The pool is full.
+    #[error("the pool is full")]
     Full,
 }
 
@@ -192,6 +199,8 @@ impl What {
 #[derive(Clone, Debug, Default)]
 pub struct Model {
     pools: BTreeMap<String, BTreeMap<String, Lease>>,
+    /// Sources that are not heard: what they brought in does not lapse.
+    lost: BTreeSet<SourceName>,
     changes: Vec<Change>,
 }
 
@@ -222,6 +231,37 @@ impl Model {
     #[must_use]
     pub fn get(&self, pool: &str, id: &str) -> Option<&Lease> {
         self.pools.get(pool)?.get(id)
+    }
+
+    /// A source is not heard any more. What it brought in stays as it is, unless the edge itself
+    /// finds it ill.
+    pub fn source_lost(&mut self, source: &str) {
+        self.lost.insert(source.to_owned());
+    }
+
+    /// A source is heard again, and could not renew meanwhile: what it brought in gets a fresh term
+    /// before anything of it can lapse.
+    pub fn source_back(&mut self, now: Millis, source: &str) {
+        if !self.lost.remove(source) {
+            return;
+        }
+        let leases = self.pools.values_mut().flat_map(BTreeMap::values_mut);
+        for lease in leases.filter(|lease| lease.source == source && !lease.is_lapsed()) {
+            lease.renewed = now;
+            lease.standing = Standing::Live;
+        }
+    }
+
+    /// Whether all others that have one of the registration's addresses came from `source`.
+    #[must_use]
+    pub fn holders_are_of(&self, source: &str, id: &str, registration: &Registration) -> bool {
+        self.leases().all(|(_, other, lease)| {
+            other == id
+                || lease.source == source
+                || !registration.endpoints.iter().any(|endpoint| {
+                    lease.registration.endpoints.iter().any(|has| has.address == endpoint.address)
+                })
+        })
     }
 
     /// What changed since the last call.
@@ -439,9 +479,11 @@ impl Model {
     fn sweep_pool(&mut self, now: Millis, pool: &str, is_ill: &dyn Fn(&str, &str) -> bool) {
         let Some(leases) = self.pools.get_mut(pool) else { return };
         let all = leases.len();
+        let lost = &self.lost;
+        let heard_of = |lease: &Lease| !lost.contains(&lease.source);
         let lapsed_lately = |lease: &Lease| match lease.standing {
             Standing::Lapsed(since) => now.saturating_sub(since) < lease.ttl(),
-            Standing::Live => lease.is_over(now),
+            Standing::Live => lease.is_over(now) && heard_of(lease),
             Standing::Held(_) => true,
         };
         let out = leases.values().filter(|lease| lapsed_lately(lease)).count();
@@ -452,7 +494,7 @@ impl Model {
             let generation = lease.registration.generation;
             let ill = is_ill(pool, id);
             match lease.standing {
-                Standing::Live if lease.is_over(now) => {
+                Standing::Live if lease.is_over(now) && (ill || heard_of(lease)) => {
                     if hold && !ill {
                         lease.standing = Standing::Held(now);
                         holds = true;

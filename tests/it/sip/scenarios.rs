@@ -212,8 +212,7 @@ impl Table {
 }
 
 /// Scenarios that are known to fail, and why. It must become empty.
-const KNOWN: &[(&str, &str)] =
-    &[("loop", "a request that comes back is taken for a backend's own, and answered 500")];
+const KNOWN: &[(&str, &str)] = &[];
 
 /// What only makes sense where messages are repeated.
 const DATAGRAMS_ONLY: [&str; 2] = ["retransmitted_requests", "lost_ack"];

@@ -1,0 +1,89 @@
+//! Who tells of instances, besides the configuration and the lease API: all of them feed the one
+//! registry, by the same actions, and each keeps its last state while it does not hear its source.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | `message` | Cloud Foundry's registration messages, read; pure |
+//! | `nats` | where they come from |
+//! | `feed` | what was heard, brought into the registry |
+//! | this | starts and ends providers as the configuration says |
+
+mod feed;
+mod message;
+mod nats;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+pub use feed::Feed;
+pub use message::{Action, Isolation, Mapping, Rejected, RouteMessage, parse};
+pub use nats::CloudFoundrySettings;
+
+use crate::control::registry::Registry;
+use crate::observe::{Events, Metrics};
+
+/// Which providers there are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ProviderSettings {
+    /// Cloud Foundry over NATS.
+    pub cloud_foundry: Option<CloudFoundrySettings>,
+}
+
+/// The providers that run.
+pub struct Providers {
+    registry: Arc<Registry>,
+    metrics: Arc<Metrics>,
+    events: Arc<Events>,
+    handle: Handle,
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+struct Running {
+    settings: ProviderSettings,
+    cloud_foundry: Option<Task>,
+}
+
+/// A provider's task; it ends with its handle.
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Providers {
+    /// None runs yet. To be called on the control side's runtime.
+    #[must_use]
+    pub fn new(registry: Arc<Registry>, metrics: Arc<Metrics>, events: Arc<Events>) -> Self {
+        let (handle, running) = (Handle::current(), Mutex::default());
+        Self { registry, metrics, events, handle, running }
+    }
+
+    /// A feed for a source.
+    #[must_use]
+    pub fn feed(&self, source: &str) -> Feed {
+        let (metrics, events) = (Arc::clone(&self.metrics), Arc::clone(&self.events));
+        Feed::new(source, Arc::clone(&self.registry), metrics, events)
+    }
+
+    /// Starts, ends and restarts what a new configuration changed. Leases of a provider that is no
+    /// more lapse as others do.
+    pub fn configure(&self, settings: &ProviderSettings) {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if running.settings.cloud_foundry != settings.cloud_foundry {
+            running.cloud_foundry = None;
+            match &settings.cloud_foundry {
+                Some(settings) => {
+                    let task = nats::run(settings.clone(), self.feed(nats::NAME));
+                    running.cloud_foundry = Some(Task(self.handle.spawn(task)));
+                }
+                None => self.registry.forget_provider(nats::NAME),
+            }
+        }
+        running.settings = settings.clone();
+    }
+}

@@ -1,0 +1,226 @@
+//! Providers of instances through the real binary: Cloud Foundry's messages over a real nats-server.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpStream;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::harness::{Edge, Process, free_port, has};
+use crate::sip::phone::{Client, Server, status};
+
+/// A nats-server that can be stopped and started at its port.
+struct Nats {
+    port: u16,
+    folder: TempDir,
+    process: Option<Process>,
+}
+
+impl Nats {
+    fn start() -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let mut nats = Self { port: free_port(), folder, process: None };
+        nats.again();
+        nats
+    }
+
+    fn again(&mut self) {
+        let mut command = Command::new("nats-server");
+        command.args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "--user", "cf"]);
+        command.args(["--pass", "a-secret-word"]);
+        self.process = Some(Process::spawn(&mut command, &self.folder.path().join("nats.log")));
+        for _ in 0..600 {
+            if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("nats-server does not listen");
+    }
+
+    fn stop(&mut self) {
+        self.process = None;
+    }
+
+    fn client(&self) -> Bus {
+        let stream = TcpStream::connect(("127.0.0.1", self.port)).expect("nats-server listens");
+        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+        let reader = BufReader::new(stream.try_clone().expect("a handle"));
+        let mut bus = Bus { stream, reader };
+        bus.say("CONNECT {\"verbose\":false,\"user\":\"cf\",\"pass\":\"a-secret-word\"}\r\n");
+        bus
+    }
+}
+
+/// A client of it that speaks the protocol by hand.
+struct Bus {
+    stream: TcpStream,
+    reader: BufReader<TcpStream>,
+}
+
+impl Bus {
+    fn say(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).expect("sent");
+    }
+
+    fn publish(&mut self, subject: &str, body: &Value) {
+        let body = body.to_string();
+        self.say(&format!("PUB {subject} {}\r\n{body}\r\n", body.len()));
+    }
+
+    /// The body of the next message.
+    fn next(&mut self) -> Value {
+        loop {
+            let mut line = String::new();
+            assert!(self.reader.read_line(&mut line).expect("a line comes") > 0, "it closed");
+            if line.starts_with("PING") {
+                self.say("PONG\r\n");
+            }
+            if line.starts_with("MSG ") {
+                let mut body = String::new();
+                self.reader.read_line(&mut body).expect("a body");
+                return serde_json::from_str(&body).expect("JSON");
+            }
+        }
+    }
+}
+
+fn config(sip: u16, nats: u16, folder: &TempDir, more: &str) -> String {
+    let file = folder.path().join("password");
+    std::fs::write(&file, "a-secret-word\n").expect("written");
+    format!(
+        "version: 1\nnode: {{ name: edge-1, workers: 1 }}\nadmin: {{ listen: ADMIN }}\n\
+         providers:\n  cloud_foundry:\n    servers: [\"nats://127.0.0.1:{nats}\", \"nats://127.0.0.1:1\"]\n    \
+         user: cf\n    password_file: {}\n    pools: {{ ims.apps.example: ims }}\n    {more}\n\
+         listeners:\n  - {{ name: sip, protocol: sip, bind: [udp://127.0.0.1:{sip}], pool: ims }}\n\
+         pools:\n  ims: {{ debounce: 0 }}\n",
+        file.display()
+    )
+}
+
+/// A registration as Diego's route emitter sends it, with our protocol.
+fn register(id: &str, port: u16) -> Value {
+    json!({
+        "host": "127.0.0.1", "port": port, "protocol": "sip", "uris": ["ims.apps.example"],
+        "app": "app-guid", "private_instance_id": id, "private_instance_index": "0",
+        "availability_zone": "z1", "isolation_segment": "", "tags": { "component": "route-emitter" },
+        "stale_threshold_in_seconds": 0, "endpoint_updated_at_ns": 1_700_000_000_000_000_000_i64,
+    })
+}
+
+fn up(edge: &Edge) -> bool {
+    edge.metric("strowger_provider_up", &["cloud_foundry"]) == 1.0
+}
+
+fn is_there(edge: &Edge, id: &str) -> bool {
+    edge.instance("ims", id)["state"] == "ready"
+}
+
+/// Greet, start, register, take-over of an address, late and right farewells.
+#[test]
+fn cloud_foundrys_messages_over_a_real_server() {
+    if !has("nats-server") {
+        return;
+    }
+    let nats = Nats::start();
+    let mut bus = nats.client();
+    bus.say("SUB router.start 1\r\n");
+    let folder = TempDir::new().expect("a folder");
+    let sip = free_port();
+    let edge = Edge::start(&config(sip, nats.port, &folder, ""));
+    let start = bus.next();
+    assert_eq!(start["minimumRegisterIntervalInSeconds"], 20, "{start}");
+    assert_eq!(start["pruneThresholdInSeconds"], 120, "{start}");
+    assert_eq!(start["hosts"][0], "127.0.0.1", "{start}");
+    edge.until("connected", up);
+    let mut asker = nats.client();
+    asker.say("SUB _INBOX.a 2\r\nPUB router.greet _INBOX.a 0\r\n\r\n");
+    assert_eq!(asker.next()["id"], start["id"], "a greeting is answered");
+    let phone = Server::polite();
+    let port = phone.address.port();
+    let one = format!("one:{port}");
+    bus.publish("router.register", &register("one", port));
+    edge.until("registered", |edge| is_there(edge, &one));
+    let mut caller = Client::udp(([127, 0, 0, 1], sip).into());
+    let request = caller.request("OPTIONS", "sip:bob@example.net", "alice", "cf");
+    caller.send(request.as_bytes());
+    let answer = caller.final_answer(Duration::from_secs(30)).expect("an answer");
+    assert_eq!(status(&answer), 200, "{answer}");
+    // What is not ours, or no message at all, is refused in figures and nothing else.
+    for body in [json!([]), json!({ "host": "127.0.0.1", "port": 1, "uris": ["other.example"] })] {
+        bus.publish("router.register", &body);
+    }
+    edge.until("refused", |edge| {
+        edge.metric("strowger_registrations_total", &["cloud_foundry", "malformed"]) == 1.0
+            && edge.metric("strowger_registrations_total", &["cloud_foundry", "unmapped"]) == 1.0
+    });
+    // Another instance has the address now: the first one's late farewell is not its own.
+    bus.publish("router.register", &register("two", port));
+    let two = format!("two:{port}");
+    edge.until("superseded", |edge| is_there(edge, &two) && !is_there(edge, &one));
+    bus.publish("router.unregister", &register("one", port));
+    edge.until("late", |edge| {
+        edge.metric("strowger_registrations_total", &["late_farewell"]) == 1.0
+    });
+    assert!(is_there(&edge, &two));
+    bus.publish("router.unregister", &register("two", port));
+    edge.until("left", |edge| !is_there(edge, &two));
+}
+
+/// The bus is gone for longer than any lease: nothing lapses, calls go on, and everybody gets a
+/// fresh term when it is back. Then all farewells are lost: who is dead goes by his lease.
+#[test]
+fn the_bus_may_go_and_farewells_may_be_lost() {
+    if !has("nats-server") {
+        return;
+    }
+    let mut nats = Nats::start();
+    let folder = TempDir::new().expect("a folder");
+    let sip = free_port();
+    let short = "stale_threshold: 3s\n    register_interval: 1s";
+    let edge = Edge::start(&config(sip, nats.port, &folder, short));
+    edge.until("connected", up);
+    let (phone, other) = (Server::polite(), Server::polite());
+    let ids = [("one", phone.address.port()), ("two", other.address.port())];
+    let mut bus = nats.client();
+    for (id, port) in ids {
+        bus.publish("router.register", &register(id, port));
+    }
+    let all = |edge: &Edge| ids.iter().all(|(id, port)| is_there(edge, &format!("{id}:{port}")));
+    edge.until("registered", all);
+    nats.stop();
+    edge.until("told", |edge| !up(edge) && edge.log().contains("provider_down"));
+    let lapses = |edge: &Edge| edge.metric("strowger_leases_lapsed_total", &[]);
+    let mut caller = Client::udp(([127, 0, 0, 1], sip).into());
+    let end = std::time::Instant::now() + Duration::from_secs(7);
+    let mut number = 0;
+    while std::time::Instant::now() < end {
+        number += 1;
+        let call = format!("without-bus-{number}");
+        let request = caller.request("OPTIONS", "sip:bob@example.net", "alice", &call);
+        caller.send(request.as_bytes());
+        let answer = caller.final_answer(Duration::from_secs(30)).expect("an answer");
+        assert_eq!(status(&answer), 200, "{answer}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(all(&edge), "two leases have passed, and nothing lapsed");
+    assert_eq!(lapses(&edge), 0.0);
+    nats.again();
+    let mut bus = nats.client();
+    bus.say("SUB router.start 1\r\n");
+    edge.until("connected again", up);
+    // One of them registers on; the other is dead and his farewell was lost.
+    let (alive, dead) = (format!("one:{}", ids[0].1), format!("two:{}", ids[1].1));
+    drop(other);
+    edge.until("the dead one lapsed", |edge| {
+        bus.publish("router.register", &register("one", ids[0].1));
+        edge.instance("ims", &dead)["state"] != "ready"
+    });
+    edge.until("the dead one is gone", |edge| {
+        bus.publish("router.register", &register("one", ids[0].1));
+        edge.instance("ims", &dead).is_null() || edge.instance("ims", &dead)["state"] == "gone"
+    });
+    assert!(is_there(&edge, &alive));
+}

@@ -69,6 +69,7 @@ fn context_scope<M>(pool: PoolId, transport: Transport) -> Scope<M> {
         }],
         routes: Vec::new(),
         pool: Some(pool),
+        classify: Vec::new(),
     }
 }
 

@@ -582,6 +582,10 @@ impl Core {
         self.table.get(session.keyed, seconds(now)).map(|(backend, _)| backend)
     }
 
+    pub(super) fn table_class(&self, session: SessionKey, now: u64) -> Option<ClassId> {
+        self.table.get(session.keyed, seconds(now)).map(|(_, class)| class)
+    }
+
     pub(super) fn learn(
         &self,
         now: Instant,

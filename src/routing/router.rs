@@ -524,6 +524,10 @@ impl Router for CoreRouter {
         self.core.table_entry(session, clock)
     }
 
+    fn session_class(&mut self, now: Instant, session: SessionKey) -> Option<ClassId> {
+        self.core.table_class(session, self.core.clock(now))
+    }
+
     fn keyer(&self) -> &Keyer {
         self.core.keyer()
     }

@@ -6,6 +6,11 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use strowger_diameter::avp::code;
+use strowger_diameter::build::Builder;
+
+use crate::diameter::{client, up};
+use crate::diameter_agent::{Peer, config as diameter_config, exchange, good, result};
 use crate::harness::{Edge, free_port, has};
 
 /// Greets each connection and keeps it until its client goes.
@@ -36,7 +41,7 @@ fn first(stream: &mut TcpStream) -> Option<u8> {
 
 fn config(port: u16, backend: u16, policy: &str) -> String {
     format!(
-        "version: 1\nnode: {{ workers: 2 }}\nadmin: {{ listen: ADMIN }}\nclasses:\n  setup: {{ queue_max: 2 }}\nlisteners:\n  - {{ name: db, protocol: tcp, bind: [tcp://127.0.0.1:{port}], pool: db, options: {{ connect_timeout: 20s }} }}\npools:\n  db:\n    qos: {{ policy: {policy} }}\n    backends:\n      - {{ id: a, address: tcp://127.0.0.1:{backend}, capacity: 1 }}\n"
+        "version: 1\nnode: {{ workers: 2 }}\nadmin: {{ listen: ADMIN }}\nclasses:\n  setup: {{ queue_max: 2, deadline: 30s }}\nlisteners:\n  - {{ name: db, protocol: tcp, bind: [tcp://127.0.0.1:{port}], pool: db, options: {{ connect_timeout: 20s }} }}\npools:\n  db:\n    qos: {{ policy: {policy} }}\n    backends:\n      - {{ id: a, address: tcp://127.0.0.1:{backend}, capacity: 1 }}\n"
     )
 }
 
@@ -130,4 +135,89 @@ fn the_rules_for_prometheus_say_what_they_should() {
         let family = name.trim_end_matches("_bucket");
         assert!(known.contains(&format!("\"{family}\"")), "{name} is no metric of ours");
     }
+}
+
+/// DRMP, rules by AVP and application, a carried deadline, and what a session keeps: by the binary's
+/// own figures.
+#[test]
+fn diameter_requests_fall_into_the_classes_that_rules_avps_and_sessions_give_them() {
+    let (port, server) = (free_port(), free_port());
+    let _server = Peer::start(server, "a.example.net", good);
+    let classify = "    classify:\n      - { match: { application: [gx], avp: [{ path: '416', is: ['1'] }, { path: '8', is: ['gold'] }] }, class: gold }\n      - { match: { command: [258, 272], avp: [{ path: '416', is: ['4'] }] }, class: bulk }\n    pool: pcrf\npools:\n";
+    let yaml = diameter_config(port, &[("a", server)], "", "")
+        .replace("classes:\n", "classes:\n  gold: { tier: 0, deadline: 4s }\n  emergency: { deadline: 5s }\n  bulk: { deadline: 5s }\n")
+        .replace("in-session: { deadline: 5s", "in-session: { tier: 1, deadline: 5s")
+        .replace("    pool: pcrf\npools:\n", classify);
+    let edge = Edge::start(&yaml);
+    up(&edge, &["a"]);
+    let host = "client.example.net";
+    let mut connection = client(port, host);
+    let mut number = 0;
+    let mut send = |session: &str, kind: u32, avps: &[(u32, &[u8])]| {
+        number += 1;
+        let mut bytes = Vec::new();
+        let mut builder = Builder::request(&mut bytes, 272, 16_777_238, number, number)
+            .text(code::SESSION_ID, session)
+            .text(code::ORIGIN_HOST, host)
+            .text(code::ORIGIN_REALM, "example.net")
+            .text(code::DESTINATION_REALM, "example.net")
+            .number(code::AUTH_APPLICATION_ID, 16_777_238)
+            .number(code::CC_REQUEST_TYPE, kind)
+            .number(415, 0);
+        for (code, data) in avps.iter().filter(|(code, _)| *code < 1_000) {
+            builder = builder.bytes(*code, data);
+        }
+        builder.finish();
+        // Those of 3GPP.
+        for (code, data) in avps.iter().filter(|(code, _)| *code > 1_000) {
+            bytes.extend_from_slice(&code.to_be_bytes());
+            bytes.push(0x80);
+            bytes.extend_from_slice(&(12 + data.len() as u32).to_be_bytes()[1..]);
+            bytes.extend_from_slice(&10_415_u32.to_be_bytes());
+            bytes.extend_from_slice(data);
+        }
+        let length = (bytes.len() as u32).to_be_bytes();
+        bytes[1..4].copy_from_slice(&length[1..]);
+        exchange(&mut connection, &[bytes]).remove(&number).expect("an answer")
+    };
+    let urgent: &[(u32, &[u8])] = &[(code::DRMP, &[0, 0, 0, 1])];
+    let lazy: &[(u32, &[u8])] = &[(code::DRMP, &[0, 0, 0, 14])];
+    let mut wanted = std::collections::BTreeMap::new();
+    for (session, kind, avps, class) in [
+        ("plain", 1, &[][..], "setup"),
+        ("plain", 2, &[], "in-session"),
+        ("plain", 4, &[], "bulk"),
+        // A session keeps its tier, though the further requests say nothing.
+        ("sos", 1, urgent, "emergency"),
+        ("sos", 2, &[], "emergency"),
+        ("sos", 3, &[], "emergency"),
+        ("gold", 1, &[(8, b"gold".as_slice())], "gold"),
+        ("gold", 2, &[], "gold"),
+        ("gold", 3, &[], "gold"),
+        // What is an emergency of itself is judged by rules that say so only.
+        ("event", 4, urgent, "emergency"),
+        ("lazy", 1, lazy, "bulk"),
+    ] {
+        assert_eq!(result(&send(session, kind, avps)), 2_001, "{session} {kind}");
+        *wanted.entry(class).or_insert(0.0) += 1.0;
+    }
+    for (class, count) in wanted {
+        let label = format!("class=\"{class}\"");
+        let at = [label.as_str(), "outcome=\"met\""];
+        assert_eq!(edge.metric("strowger_requests_total", &at), count, "{class}");
+    }
+    // Origination-Time-Stamp and Maximum-Wait-Time: the first tells how the clocks stand, the second
+    // was under way for longer than it may wait.
+    let stamped = |ms: u64| -> Vec<u8> { (3_900_000_000_000 + ms).to_be_bytes().to_vec() };
+    let (base, late) = (stamped(60_000), stamped(0));
+    let wait = 5_000_u32.to_be_bytes();
+    let carried = |stamp: &[u8]| [(1_536, stamp.to_vec()), (1_537, wait.to_vec())];
+    let mut ask = |stamp: &[u8]| {
+        let avps = carried(stamp);
+        let avps: Vec<(u32, &[u8])> =
+            avps.iter().map(|(code, data)| (*code, data.as_slice())).collect();
+        result(&send("stamped", 4, &avps))
+    };
+    assert_eq!(ask(&base), 2_001);
+    assert_eq!(ask(&late), 3_004, "its time was over when it came");
 }

@@ -138,6 +138,7 @@ pub(crate) fn simulate(seed: u64) {
         }],
         routes: Vec::new(),
         pool: Some(world.pool),
+        classify: Vec::new(),
     };
     let options = DiameterOptions {
         origin_host: "edge.example.net".into(),

@@ -92,6 +92,7 @@ impl Bench {
                 pool,
             )],
             pool: Some(pool),
+            classify: Vec::new(),
         };
         let mut options = DiameterOptions {
             origin_host: "edge.example.net".into(),

@@ -8,6 +8,7 @@
 //!
 //! `STROWGER_SEED=n` replays one seed, `STROWGER_SEEDS=n` runs as many (default 200).
 
+mod classes;
 mod diameter;
 mod diameter_mutations;
 mod diameter_waits;

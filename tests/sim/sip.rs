@@ -146,6 +146,7 @@ pub(crate) fn simulate(seed: u64) {
         sockets: vec![socket(Transport::Udp), socket(Transport::Tcp)],
         routes: Vec::new(),
         pool: Some(world.pool),
+        classify: Vec::new(),
     };
     let options = SipOptions::default();
     let fresh = Box::new(move |worker: usize, life: u64| {

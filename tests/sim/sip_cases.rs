@@ -75,6 +75,7 @@ impl Bench {
             sockets: vec![socket(Transport::Udp), socket(Transport::Tcp)],
             routes: Vec::new(),
             pool: Some(core.pool_names().id("pool")),
+            classify: Vec::new(),
         };
         let options: SipOptions = serde_json::from_value(options).expect("options");
         assert_eq!(Sip::check(&scope, &options), [], "the options are good");

@@ -60,7 +60,9 @@ pub use framing::{DatagramFramer, FrameError, Framer, Framing};
 pub use ids::{BackendId, ClassId, FlowId, Pin, PoolId, Ticket, WorkerId};
 pub use message::{CloseCause, Endpoint, Message, PeerChange, Transport};
 pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
-pub use protocol::{Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope};
+pub use protocol::{
+    ClassRule, Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope,
+};
 pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
 pub use resolve::{
     HOST_NAME_MAX, Lookup, LookupId, NameScheme, PLACES_MAX, Place, Transports, Unresolved,

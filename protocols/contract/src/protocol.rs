@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::{Engine, Framer, Intake, PoolId, Tracer, Transport, WorkerId};
+use crate::{ClassId, Engine, Framer, Intake, PoolId, Tracer, Transport, WorkerId};
 
 /// How streams to backends are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +50,29 @@ pub struct Scope<M> {
     pub routes: Vec<(M, PoolId)>,
     /// Where a message goes that no route matches.
     pub pool: Option<PoolId>,
+    /// Which class a request falls into; the first match wins, and what none matches is judged by
+    /// the protocol.
+    pub classify: Vec<ClassRule<M>>,
+}
+
+/// One rule of a listener's `classify`.
+#[derive(Clone, Debug)]
+pub struct ClassRule<M> {
+    /// What it is for.
+    pub matching: M,
+    /// The class of what matches.
+    pub class: ClassId,
+    /// Whether it also judges requests that say of themselves that they are emergencies.
+    pub even_carried: bool,
+}
+
+impl<M> ClassRule<M> {
+    /// The class by the first rule whose match `holds`; with `carried`, only by those that also judge
+    /// emergencies.
+    pub fn first(rules: &[Self], carried: bool, holds: impl Fn(&M) -> bool) -> Option<ClassId> {
+        let mut rules = rules.iter().filter(|rule| rule.even_carried || !carried);
+        rules.find(|rule| holds(&rule.matching)).map(|rule| rule.class)
+    }
 }
 
 /// What an engine is made from.

@@ -108,6 +108,9 @@ pub trait Router {
     /// Where the table says that a session lives, if it says so.
     fn lookup(&mut self, now: Instant, session: SessionKey) -> Option<BackendId>;
 
+    /// The class that the table has of a session: that of the request that it was noted with last.
+    fn session_class(&mut self, now: Instant, session: SessionKey) -> Option<ClassId>;
+
     /// Makes keys for sessions and names.
     fn keyer(&self) -> &Keyer;
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use strowger_contract::ClassId;
+use strowger_contract::{ClassId, ClassRule, Router};
 
 use crate::avp::{Header, Summary};
 use crate::engine::Settings;
@@ -51,6 +51,13 @@ pub(crate) fn in_session(header: &Header, summary: &Summary<'_>) -> bool {
     }
 }
 
+/// The class of a request of a session that the table knows: an emergency session stays one to its
+/// end, and no session falls into a later tier than it began in.
+pub(crate) fn inherited(own: ClassId, of_session: ClassId, router: &dyn Router) -> ClassId {
+    let tier = |class| router.class(class).tier;
+    if of_session == ClassId::EMERGENCY || tier(of_session) < tier(own) { of_session } else { own }
+}
+
 /// Whether it begins a credit-control session.
 pub(crate) fn begins_session(header: &Header, summary: &Summary<'_>) -> bool {
     header.command == CREDIT_CONTROL && summary.cc_request_type == Some(INITIAL_REQUEST)
@@ -64,6 +71,18 @@ pub(crate) fn ends_session(header: &Header, summary: &Summary<'_>) -> bool {
 }
 
 impl Settings {
+    /// The class of a request: by the first rule of the configuration that matches, else by what it
+    /// is.
+    pub(crate) fn class(&self, header: &Header, summary: &Summary<'_>, bytes: &[u8]) -> ClassId {
+        let class = class(header, summary);
+        if self.classify.is_empty() {
+            return class;
+        }
+        let carried = class == ClassId::EMERGENCY;
+        ClassRule::first(&self.classify, carried, |rule| rule.matches(header, summary, bytes))
+            .unwrap_or(class)
+    }
+
     /// Whether nothing is to be remembered of it: the application or the request itself says that the
     /// server keeps no state (RFC 6733 8.11). A drain must not wait for sessions that are none.
     pub(crate) fn is_stateless(&self, header: &Header, summary: &Summary<'_>) -> bool {

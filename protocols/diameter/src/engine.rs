@@ -5,15 +5,15 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, Context, Endpoint, Engine, FlowId, Message, Opened, Outbox, Outcome, PeerChange,
-    PoolId, Refusal, Route, Router, Ticket, Wheel, WorkerId,
+    BackendId, ClassRule, Context, Endpoint, Engine, FlowId, Message, Opened, Outbox, Outcome,
+    PeerChange, PoolId, Refusal, Route, Router, Ticket, Wheel, WorkerId,
 };
 
 use crate::Diameter;
 use crate::answer::Identity;
 use crate::avp::{Header, Summary};
 use crate::duplicates::Duplicates;
-use crate::matching::{Matcher, Name};
+use crate::matching::{DiameterMatch, Matcher, Name};
 use crate::mediation::Changes;
 use crate::options::{AnswerTimeout, Application, DiameterOptions, Reroute};
 use crate::overload::Reports;
@@ -31,6 +31,7 @@ pub(crate) struct Settings {
     pub(crate) listener: String,
     pub(crate) realm: String,
     pub(crate) routes: Vec<(Matcher, PoolId)>,
+    pub(crate) classify: Vec<ClassRule<Matcher>>,
     pub(crate) pool: Option<PoolId>,
     pub(crate) pools: Vec<PoolId>,
     pub(crate) worker: WorkerId,
@@ -71,7 +72,13 @@ impl Settings {
             Reroute::Code(code) => (None, *code),
             Reroute::Of { application, code } => (application.number(), *code),
         };
+        let rule = |rule: &ClassRule<DiameterMatch>| ClassRule {
+            matching: Matcher::new(&rule.matching),
+            class: rule.class,
+            even_carried: rule.even_carried,
+        };
         Self {
+            classify: scope.classify.iter().map(rule).collect(),
             listener: scope.listener.clone(),
             realm: if options.origin_realm.is_empty() {
                 scope.realm.clone()

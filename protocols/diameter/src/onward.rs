@@ -50,8 +50,18 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let (message, header, summary, class) =
+        let (message, header, summary, mut class) =
             (asked.message, asked.header, &asked.summary, asked.class);
+        let in_session = classify::in_session(header, summary);
+        let text = summary.session_id.or(summary.origin_host).unwrap_or_default();
+        let session = router.keyer().session(SPACE, text);
+        let inherits = summary.session_id.is_some() && in_session;
+        let of_session = if inherits { router.session_class(now, session) } else { None };
+        if let Some(of_session) = of_session {
+            class = classify::inherited(class, of_session, router);
+        }
+        let asked = &Asked { class, message, header, summary: asked.summary };
+        let summary = &asked.summary;
         if !self.may_enter(now, asked, router) {
             out.note(Note::Count("diameter_ingress_limit"));
             let what = (result::TOO_BUSY, "this peer sends more than it may");
@@ -64,9 +74,6 @@ impl DiameterEngine {
             let what = (result::APPLICATION_UNSUPPORTED, "no route for this application");
             return self.refuse_early(now, message, class, what, None, out);
         };
-        let in_session = classify::in_session(header, summary);
-        let text = summary.session_id.or(summary.origin_host).unwrap_or_default();
-        let session = router.keyer().session(SPACE, text);
         let remembered =
             summary.session_id.is_some() && !self.settings.is_stateless(header, summary);
         let is_bound = !router.bind_keys(pool).is_empty();

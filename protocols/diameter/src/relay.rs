@@ -10,7 +10,6 @@ use crate::answer::{error, result};
 use crate::avp::{
     Avps, BadLength, FLAG_ERROR, FLAG_PROXIABLE, HEADER_BYTES, Header, Summary, code,
 };
-use crate::classify;
 use crate::engine::DiameterEngine;
 use crate::peer::{CAPABILITIES_EXCHANGE, State};
 
@@ -94,7 +93,7 @@ impl DiameterEngine {
         out: &mut Outbox,
     ) {
         let summary = Summary::of(message.bytes);
-        let class = classify::class(header, &summary);
+        let class = self.settings.class(header, &summary, message.bytes);
         let mut no =
             |what: (u32, &str), failed| self.refuse_early(now, message, class, what, failed, out);
         if header.flags & FLAG_ERROR != 0 {

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    Closing, Context, Endpoint, Engine, LookupId, Message, Outbox, PeerChange, Place, PoolId,
-    Refusal, Route, Router, Ticket, Transport, Unresolved, Wheel, WorkerId,
+    ClassRule, Closing, Context, Endpoint, Engine, LookupId, Message, Outbox, PeerChange, Place,
+    PoolId, Refusal, Route, Router, Ticket, Transport, Unresolved, Wheel, WorkerId,
 };
 
 use crate::calls::Calls;
@@ -25,6 +25,7 @@ pub(crate) struct Settings {
     pub(crate) local: Local,
     pub(crate) routes: Vec<(SipMatch, PoolId)>,
     pub(crate) pool: Option<PoolId>,
+    pub(crate) classify: Vec<ClassRule<SipMatch>>,
     pub(crate) worker: WorkerId,
     pub(crate) workers: u8,
 }
@@ -36,6 +37,7 @@ impl Settings {
             local: Local::new(context.scope, context.options),
             routes: context.scope.routes.clone(),
             pool: context.scope.pool,
+            classify: context.scope.classify.clone(),
             worker: context.worker,
             workers: context.workers,
         }

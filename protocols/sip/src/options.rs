@@ -215,6 +215,11 @@ pub struct SipMatch {
     pub source: Vec<Network>,
     /// All of these headers are there; one that has text contains it.
     pub header: std::collections::BTreeMap<String, String>,
+    /// The Request-URI begins with one of these, in any case: `urn:service:counseling`.
+    pub uri_prefix: Vec<String>,
+    /// Whether it belongs to a dialog (its To has a tag); if not given, either.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_dialog: Option<bool>,
 }
 
 /// What a route is matched against.
@@ -245,6 +250,16 @@ impl SipMatch {
             })
             && one_of(&self.user_prefix, &|text| {
                 user().is_some_and(|user| user.starts_with(text.as_bytes()))
+            })
+            && one_of(&self.uri_prefix, &|text| {
+                request
+                    .uri
+                    .get(..text.len())
+                    .is_some_and(|start| start.eq_ignore_ascii_case(text.as_bytes()))
+            })
+            && self.in_dialog.is_none_or(|wanted| {
+                let to = request.scan.value(request.message, crate::scan::Name::To);
+                wanted == to.and_then(crate::uri::tag).is_some()
             })
             && one_of(&self.transport, &|text| text == request.transport)
             && (self.source.is_empty() || any(&self.source, request.source))

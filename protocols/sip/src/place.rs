@@ -379,7 +379,9 @@ impl SipEngine {
         let call_id = transaction.call_id;
         let Start::Request { method, uri } = scan.start else { return None };
         let (method, uri) = (method.of(request), uri.of(request));
-        Some(target(&self.settings, &message, scan, method, uri, call_id, router))
+        let emergency = transaction.class == strowger_contract::ClassId::EMERGENCY;
+        let target = target(&self.settings, &message, scan, method, uri, call_id, router);
+        Some(Target { emergency, ..target })
     }
 
     /// Works on a transaction's request as it came.

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    AttemptOutcome, ClassId, Endpoint, Message, Note, Outbox, Refusal, RequestOutcome, Router,
-    WorkerId,
+    AttemptOutcome, ClassId, ClassRule, Endpoint, Message, Note, Outbox, Refusal, RequestOutcome,
+    Router, WorkerId,
 };
 
 use crate::branch::Branch;
@@ -12,7 +12,7 @@ use crate::classify::classify;
 use crate::engine::SipEngine;
 use crate::incoming::{Incoming, loop_hash, record_key, refused_as_is, session_key, trimmed};
 use crate::method::Method;
-use crate::options::Fork;
+use crate::options::{Fork, Matched};
 use crate::respond::{Answer, is_our_tag, respond};
 use crate::scan::{Name, Scan, ScanError};
 use crate::target::{Hop, Target, target};
@@ -80,7 +80,7 @@ impl SipEngine {
         }
         let scan = incoming.scan;
         let in_dialog = scan.value(incoming.message.bytes, Name::To).and_then(tag).is_some();
-        let class = classify(incoming.message.bytes, scan, incoming.name, incoming.uri, in_dialog);
+        let class = self.class_of(incoming, in_dialog);
         if self.is_looped(incoming, router) {
             out.note(Note::Count("sip_loops"));
             return self.refuse(now, incoming, class, &Answer::new(482, "Loop Detected"), out);
@@ -89,7 +89,9 @@ impl SipEngine {
             return self.refuse(now, incoming, class, &answer, out);
         }
         let target = self.target_of(incoming, router);
-        let class = if target.emergency { ClassId::EMERGENCY } else { class };
+        // A dialog that was begun as an emergency is one to its end, whatever rules say.
+        let class = if target.kept_emergency { ClassId::EMERGENCY } else { class };
+        let target = Target { emergency: class == ClassId::EMERGENCY, ..target };
         if self.settings.is_stateless() {
             return self.forward_stateless(now, incoming, &target, class, router, out);
         }
@@ -105,6 +107,26 @@ impl SipEngine {
             return self.refuse(now, incoming, class, &answer, out);
         }
         self.begin(now, incoming, &target, class, in_dialog, router, out);
+    }
+
+    /// By the first rule of the configuration that matches, else by what it is.
+    fn class_of(&self, incoming: &Incoming<'_>, in_dialog: bool) -> ClassId {
+        let (message, scan) = (&incoming.message, incoming.scan);
+        let class = classify(message.bytes, scan, incoming.name, incoming.uri, in_dialog);
+        let rules = &self.settings.classify;
+        if rules.is_empty() || class == ClassId::CONTROL {
+            return class;
+        }
+        let request = Matched {
+            message: message.bytes,
+            scan,
+            method: incoming.name,
+            uri: incoming.uri,
+            transport: message.transport.scheme(),
+            source: message.remote.ip(),
+        };
+        let carried = class == ClassId::EMERGENCY;
+        ClassRule::first(rules, carried, |rule| rule.matches(&request)).unwrap_or(class)
     }
 
     pub(crate) fn target_of<'a>(

@@ -29,8 +29,11 @@ pub(crate) struct Target<'a> {
     pub(crate) add_route: Option<&'a [u8]>,
     /// For the Record-Route token: whether the dialog was begun by a backend.
     pub(crate) begun_by_backend: bool,
-    /// Whether it is an emergency by what it says itself or by its dialog's token.
+    /// Whether it is an emergency: by what it says itself, its dialog's token, or its listener's
+    /// rules.
     pub(crate) emergency: bool,
+    /// Whether its dialog's token says that it was begun as one.
+    pub(crate) kept_emergency: bool,
     /// Whether this request comes from an instance, or from its side of a dialog.
     pub(crate) from_backend: bool,
     /// The worker that keeps the call's record, as our Record-Route said.
@@ -158,6 +161,7 @@ pub(crate) fn target<'a>(
         add_route: None,
         begun_by_backend: false,
         emergency: is_emergency(bytes, scan, uri),
+        kept_emergency: false,
         from_backend: false,
         keeper: None,
     };
@@ -193,7 +197,8 @@ pub(crate) fn target<'a>(
         }
     }
     let side = token.and_then(|token| side(bytes, scan, token, flow, call_id, router));
-    target.emergency |= side.as_ref().is_some_and(|side| side.emergency);
+    target.kept_emergency = side.as_ref().is_some_and(|side| side.emergency);
+    target.emergency |= target.kept_emergency;
     let source = source_backend(message, router);
     target.begun_by_backend = match &side {
         Some(side) => side.begun_by_backend,

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use strowger_contract::handover::{Broken, read, write};
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
-    BackendId, ClassId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message, Note,
-    Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query, Refusal, RequestOutcome, Route,
-    Router, SessionKey, Ticket, Verdict,
+    BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message,
+    Note, Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query, Refusal, RequestOutcome,
+    Route, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::options::TcpMatch;
@@ -28,6 +28,7 @@ struct Flow {
     arrived: Instant,
     session: SessionKey,
     pool: PoolId,
+    class: ClassId,
     tried: Vec<BackendId>,
     /// The backend that it is, or is being, joined to; the router awaits its outcome.
     backend: Option<BackendId>,
@@ -38,6 +39,9 @@ struct Flow {
     joined: Option<Duration>,
 }
 
+/// A match, its networks read once.
+type ReadyMatch = (TcpMatch, Vec<(IpAddr, u8)>);
+
 /// A route, its networks read once.
 type ReadyRoute = (TcpMatch, Vec<(IpAddr, u8)>, PoolId);
 
@@ -46,6 +50,7 @@ type ReadyRoute = (TcpMatch, Vec<(IpAddr, u8)>, PoolId);
 pub struct TcpEngine {
     limits: SpliceLimits,
     routes: Vec<ReadyRoute>,
+    classify: Vec<ClassRule<ReadyMatch>>,
     prefixes: (u8, u8),
     backpressure: Duration,
     pool: Option<PoolId>,
@@ -68,7 +73,13 @@ impl TcpEngine {
         };
         let routes = context.scope.routes.iter();
         let routes = routes.map(|(route, pool)| (route.clone(), route.networks(), *pool)).collect();
+        let rule = |rule: &ClassRule<TcpMatch>| ClassRule {
+            matching: (rule.matching.clone(), rule.matching.networks()),
+            class: rule.class,
+            even_carried: rule.even_carried,
+        };
         Self {
+            classify: context.scope.classify.iter().map(rule).collect(),
             prefixes: (options.source_prefix_v4, options.source_prefix_v6),
             backpressure: options.backpressure.0,
             parked: VecDeque::new(),
@@ -104,13 +115,18 @@ impl TcpEngine {
         out: &mut Outbox,
     ) {
         let Some(pool) = self.pool_for(opened.remote.ip(), opened.facts) else {
-            return refuse(now, id, now, Refusal::NoBackend, out);
+            return refuse(now, id, now, ClassId::SETUP, Refusal::NoBackend, out);
         };
+        let source = opened.remote.ip();
+        let by_rule = ClassRule::first(&self.classify, false, |(rule, networks)| {
+            rule.is_match(networks, source, opened.facts)
+        });
         let session = session_key(pool, opened, self.prefixes, router);
         let flow = Flow {
             arrived: now,
             session,
             pool,
+            class: by_rule.unwrap_or(ClassId::SETUP),
             tried: Vec::new(),
             backend: None,
             began: now,
@@ -124,11 +140,12 @@ impl TcpEngine {
     /// Asks for a backend and joins the flow to it.
     fn join(&mut self, now: Instant, id: FlowId, router: &mut dyn Router, out: &mut Outbox) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
-        let class = router.class(ClassId::SETUP);
+        let class = router.class(flow.class);
+        let tries = flow.tried.len();
         // A backend that does not answer takes its whole connect timeout: the budget must leave
         // room for the next one, or there would be no next one.
-        let budget = class.deadline.unwrap_or(self.limits.connect).max(self.limits.connect * 2);
-        let tries = flow.tried.len();
+        let patience = if tries == 0 { Duration::ZERO } else { self.limits.connect * 2 };
+        let budget = class.deadline.unwrap_or(self.limits.connect).max(patience);
         let refusal = if tries > usize::from(class.retry) || tries >= TRIES_MAX {
             Refusal::NoBackend
         } else {
@@ -138,7 +155,7 @@ impl TcpEngine {
                 pin: None,
                 in_session: false,
                 awaits: true,
-                class: ClassId::SETUP,
+                class: flow.class,
                 deadline: flow.arrived + budget,
                 capability: 0,
                 exclude: &flow.tried,
@@ -161,7 +178,7 @@ impl TcpEngine {
     /// The router says no: the client is reset, or it waits and so do those behind it.
     fn refused(&mut self, now: Instant, id: FlowId, refusal: Refusal, out: &mut Outbox) {
         let Some(flow) = self.flows.get(&id) else { return };
-        let arrived = flow.arrived;
+        let (arrived, class) = (flow.arrived, flow.class);
         let full = matches!(refusal, Refusal::Overloaded { .. } | Refusal::TooLate);
         if full && now < arrived + self.backpressure {
             if !self.parked.contains(&id) {
@@ -172,7 +189,7 @@ impl TcpEngine {
             return;
         }
         self.flows.remove(&id);
-        refuse(now, id, arrived, refusal, out);
+        refuse(now, id, arrived, class, refusal, out);
     }
 
     /// Joins the flow to the backend that was found.
@@ -198,12 +215,12 @@ impl TcpEngine {
         // Idle flows hold nothing that they need no more.
         flow.tried = Vec::new();
         let ttl = router.session_ttl(flow.pool);
-        router.learn(now, flow.session, backend, ClassId::SETUP, ttl);
+        router.learn(now, flow.session, backend, flow.class, ttl);
         let total = now.saturating_duration_since(flow.arrived);
-        let promised = router.class(ClassId::SETUP).deadline.unwrap_or(Duration::MAX);
+        let promised = router.class(flow.class).deadline.unwrap_or(Duration::MAX);
         let outcome = if total <= promised { RequestOutcome::Met } else { RequestOutcome::Late };
         out.note(Note::Request {
-            class: ClassId::SETUP,
+            class: flow.class,
             outcome,
             backend: Some(backend),
             total,
@@ -244,7 +261,7 @@ impl TcpEngine {
             router.outcome(now, backend, outcome);
         }
         if flow.joined.is_none() {
-            note(now, flow.arrived, RequestOutcome::Failed, out);
+            note(now, flow.arrived, flow.class, RequestOutcome::Failed, out);
         }
     }
 }
@@ -257,21 +274,22 @@ fn outcome_of(cause: CloseCause) -> Outcome {
     }
 }
 
-fn refuse(now: Instant, id: FlowId, arrived: Instant, refusal: Refusal, out: &mut Outbox) {
-    out.note(Note::Refused(ClassId::SETUP, refusal));
-    note(now, arrived, RequestOutcome::Rejected, out);
+fn refuse(
+    now: Instant,
+    id: FlowId,
+    arrived: Instant,
+    class: ClassId,
+    refusal: Refusal,
+    out: &mut Outbox,
+) {
+    out.note(Note::Refused(class, refusal));
+    note(now, arrived, class, RequestOutcome::Rejected, out);
     out.close(Endpoint::Client(id), Closing::Reset);
 }
 
-fn note(now: Instant, arrived: Instant, outcome: RequestOutcome, out: &mut Outbox) {
+fn note(now: Instant, arrived: Instant, class: ClassId, outcome: RequestOutcome, out: &mut Outbox) {
     let total = now.saturating_duration_since(arrived);
-    out.note(Note::Request {
-        class: ClassId::SETUP,
-        outcome,
-        backend: None,
-        total,
-        at_backend: Duration::ZERO,
-    });
+    out.note(Note::Request { class, outcome, backend: None, total, at_backend: Duration::ZERO });
 }
 
 /// An address without the bits behind its prefix.

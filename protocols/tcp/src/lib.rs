@@ -48,8 +48,10 @@ impl Protocol for Tcp {
     }
 
     fn intake(scope: &Scope<TcpMatch>, options: &TcpOptions) -> Intake {
-        let looks = scope.routes.iter().any(|(route, _)| route.looks_at_bytes());
-        let longest = scope.routes.iter().flat_map(|(route, _)| &route.first_bytes);
+        let rules = scope.classify.iter().map(|rule| &rule.matching);
+        let matches = || scope.routes.iter().map(|(route, _)| route).chain(rules.clone());
+        let looks = matches().any(TcpMatch::looks_at_bytes);
+        let longest = matches().flat_map(|route| &route.first_bytes);
         let peek = Peek {
             client_hello: true,
             bytes: longest.map(String::len).max().unwrap_or(1),

@@ -207,6 +207,7 @@ impl<'a> Build<'a> {
             &loaded.spec.node,
             &mut self.pools,
             &mut loaded.effective,
+            &loaded.spec.classes,
         );
         let mut built = Vec::new();
         for listener in raw.iter().take(LISTENERS_MAX) {

@@ -78,9 +78,6 @@ fn place_of(
         }
         None => {
             let template = classes.get(usize::from(ClassId::BULK.0))?.clone();
-            reader.warnings.push(format!(
-                "{path}: nothing falls into this class: no built-in one is called `{name}`"
-            ));
             classes.push(Class { name: name.into(), ..template });
             Some(classes.len() - 1)
         }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use strowger_contract::{Links, OptionsError, PoolId, Probe, Protocol, Scope, Tracer, Transport};
+use strowger_contract::{
+    ClassRule, Links, OptionsError, PoolId, Probe, Protocol, Scope, Tracer, Transport,
+};
 
 use super::read::unknown;
 use crate::observe::TraceProtocol;
@@ -60,6 +62,8 @@ pub struct Configured {
     pub options: Value,
     /// Its routes' matches, likewise.
     pub matches: Vec<Value>,
+    /// The matches of `classify`, likewise.
+    pub class_matches: Vec<Value>,
 }
 
 /// The configurer of a protocol.
@@ -115,9 +119,36 @@ impl<P: Protocol> Configure for Configurer<P> {
                 routes.push((matching, *pool));
             }
         }
+        let mut rules = Vec::new();
+        for (index, rule) in scope.classify.iter().enumerate() {
+            let path = format!("classify[{index}].match");
+            let (class, even_carried) = (rule.class, rule.even_carried);
+            if let Some(matching) =
+                read::<P::Match>(&rule.matching, &path, &match_keys, &mut errors)
+            {
+                rules.push(ClassRule { matching, class, even_carried });
+            }
+        }
         let Some(options) = options.filter(|_| errors.is_empty()) else { return Err(errors) };
         let Scope { listener, node, realm, sockets, pool, .. } = scope;
-        let scope = Scope { listener, node, realm, sockets, routes, pool };
+        // What is wrong with a match is wrong with it wherever it stands: rules are checked as if
+        // they were routes.
+        let as_routes = rules.iter().map(|rule| (rule.matching.clone(), PoolId(u32::MAX)));
+        let mut scope = Scope {
+            listener,
+            node,
+            realm,
+            sockets,
+            routes: as_routes.collect(),
+            pool,
+            classify: Vec::new(),
+        };
+        let of_rules = P::check(&scope, &options).into_iter().filter_map(|error| {
+            let path = format!("classify[{}", error.path.strip_prefix("routes[")?);
+            Some(OptionsError { path, ..error })
+        });
+        errors.extend(of_rules);
+        (scope.routes, scope.classify) = (routes, rules);
         let wrong = P::check(&scope, &options).into_iter().map(|error| {
             let of_options = !error.path.is_empty() && !error.path.starts_with("routes[");
             OptionsError {
@@ -130,8 +161,10 @@ impl<P: Protocol> Configure for Configurer<P> {
             return Err(errors);
         }
         let matches = scope.routes.iter().map(|(matching, _)| json(matching)).collect();
+        let class_matches = scope.classify.iter().map(|rule| json(&rule.matching)).collect();
         let told = json(&options);
-        Ok(Configured { setup: Arc::new(Setup::<P> { scope, options }), options: told, matches })
+        let setup = Arc::new(Setup::<P> { scope, options });
+        Ok(Configured { setup, options: told, matches, class_matches })
     }
 
     fn schemas(&self, generator: &mut schemars::SchemaGenerator) -> (Value, Value) {

@@ -180,6 +180,11 @@ fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
     if !routes.is_empty() {
         values.push(("routes", Shown::List(routes)));
     }
+    let rules: Vec<Shown> =
+        effective["classify"].as_array().into_iter().flatten().map(json).collect();
+    if !rules.is_empty() {
+        values.push(("classify", Shown::List(rules)));
+    }
     values.push(("options", json(&effective["options"])));
     values.extend(spec.tls.as_ref().map(|tls| ("tls", server_tls(tls))));
     values.extend(spec.proxy.as_ref().map(|proxy| {

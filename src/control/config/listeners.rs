@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use strowger_contract::unix::shown;
-use strowger_contract::{Links, LocalSocket, PoolId, Scope, Transport};
+use strowger_contract::{Class, ClassId, ClassRule, Links, LocalSocket, PoolId, Scope, Transport};
 
 use super::configure::Configure;
 use super::endpoint::{endpoint, overlap};
@@ -15,6 +15,9 @@ use super::read::{Fields, Reader, join, unknown};
 use super::tls;
 use super::tree::{Kind, Node};
 use crate::routing::{AcceptProxy, ListenerLimits, ListenerSpec, NodeSpec, PoolNames, SendProxy};
+
+/// Rules of one listener's `classify`, at most: each is looked at for each request.
+const CLASSIFY_MAX: usize = 64;
 
 /// A listener and where it stands, until all files are read.
 pub(super) struct RawListener {
@@ -31,6 +34,9 @@ pub(super) struct Listeners<'a> {
     pub(super) pools: &'a mut [RawPool],
     /// Effective options and matches, by listener.
     pub(super) effective: &'a mut Vec<(String, Value)>,
+    pub(super) classes: &'a [Class],
+    /// Classes that some rule names.
+    named: HashSet<usize>,
     names: HashMap<String, String>,
     bound: HashMap<(Transport, SocketAddr), String>,
     /// Protocols that use a pool, by the pool's name.
@@ -44,9 +50,11 @@ impl<'a> Listeners<'a> {
         node: &'a NodeSpec,
         pools: &'a mut [RawPool],
         effective: &'a mut Vec<(String, Value)>,
+        classes: &'a [Class],
     ) -> Self {
         let (names, bound, users) = (HashMap::new(), HashMap::new(), HashMap::new());
-        Self { protocols, ids, node, pools, effective, names, bound, users }
+        let named = HashSet::new();
+        Self { protocols, ids, node, pools, effective, classes, named, names, bound, users }
     }
 
     /// Reads one listener.
@@ -55,12 +63,13 @@ impl<'a> Listeners<'a> {
         reader: &mut Reader,
         raw: &RawListener,
     ) -> Option<ListenerSpec> {
-        const KEYS: [&str; 9] = [
+        const KEYS: [&str; 10] = [
             "name",
             "protocol",
             "bind",
             "pool",
             "routes",
+            "classify",
             "options",
             "limits",
             "tls",
@@ -78,6 +87,7 @@ impl<'a> Listeners<'a> {
             self.is_pool(reader, fields.node_of("pool"), &fields.path_of("pool"), name)
         });
         let routes = self.routes(reader, &fields);
+        let rules = self.rules(reader, &fields);
         if fields.get("pool").is_none() && fields.get("routes").is_none() {
             let message = "has neither `pool` nor `routes`: its messages would go nowhere";
             reader.wrong(&raw.node, path, message);
@@ -119,6 +129,7 @@ impl<'a> Listeners<'a> {
             sockets: sockets.clone(),
             routes: routes.iter().map(|(matching, pool)| (matching.clone(), id(pool))).collect(),
             pool: pool.as_ref().map(id),
+            classify: rules.clone(),
         };
         let options = fields.get("options").map_or(Value::Null, Node::to_json);
         let configured = protocol.configure(scope, &options).map_err(|errors| {
@@ -137,7 +148,18 @@ impl<'a> Listeners<'a> {
             .zip(&routes)
             .map(|(matching, (_, pool))| json!({ "match": matching, "pool": pool }))
             .collect();
-        let effective = json!({ "options": configured.options, "routes": routes, "pool": pool });
+        let classify: Vec<Value> = configured
+            .class_matches
+            .iter()
+            .zip(&rules)
+            .map(|(matching, rule)| {
+                let class = &self.classes[usize::from(rule.class.0)].name;
+                json!({ "match": matching, "class": class, "even_carried": rule.even_carried })
+            })
+            .collect();
+        let effective = json!({
+            "options": configured.options, "routes": routes, "pool": pool, "classify": classify
+        });
         // Pools are in it by name: their numbers differ from process to process.
         let told = format!(
             "{} {} {effective} {limits:?} {tls:?} {proxy:?}",
@@ -191,6 +213,57 @@ impl<'a> Listeners<'a> {
             routes.push((matching, pool));
         }
         routes
+    }
+
+    /// The rules of `classify`; a match that is not given matches everything.
+    fn rules(&mut self, reader: &mut Reader, fields: &Fields<'_>) -> Vec<ClassRule<Value>> {
+        let mut rules = Vec::new();
+        let switch = [("true", true), ("false", false)];
+        let Some(node) = fields.get("classify") else { return rules };
+        let list = fields.path_of("classify");
+        let items = reader.list(node, &list);
+        if items.len() > CLASSIFY_MAX {
+            reader.wrong(node, &list, format!("over {CLASSIFY_MAX} rules"));
+        }
+        for (index, rule) in items.iter().take(CLASSIFY_MAX).enumerate() {
+            let path = format!("{list}[{index}]");
+            let keys = ["match", "class", "even_carried"];
+            let fields = reader.fields(rule, &path, &keys);
+            let matching = fields.as_ref().and_then(|fields| fields.get("match"));
+            let matching = matching.map_or(Value::Null, Node::to_json);
+            let class = fields.as_ref().and_then(|fields| self.class(reader, fields));
+            let carried =
+                fields.as_ref().and_then(|fields| fields.choice(reader, "even_carried", &switch));
+            // Kept even if it is wrong, so that numbers in paths stay right.
+            rules.push(ClassRule {
+                matching,
+                class: class.unwrap_or(ClassId::BULK),
+                even_carried: carried.unwrap_or(false),
+            });
+        }
+        rules
+    }
+
+    fn class(&mut self, reader: &mut Reader, fields: &Fields<'_>) -> Option<ClassId> {
+        let name = fields.need_text(reader, "class")?;
+        let found = self.classes.iter().position(|class| *class.name == *name);
+        let (node, path) = (fields.node_of("class"), fields.path_of("class"));
+        match found {
+            None => {
+                let known = self.classes.iter().skip(1).map(|class| &*class.name);
+                reader.wrong(node, &path, unknown("class", &name, known));
+                None
+            }
+            Some(index) if index == usize::from(ClassId::CONTROL.0) => {
+                let message = "`control` is never queued or shed: a rule cannot put requests there";
+                reader.wrong(node, &path, message);
+                None
+            }
+            Some(index) => {
+                self.named.insert(index);
+                Some(ClassId(index as u8))
+            }
+        }
     }
 
     fn sockets(
@@ -319,6 +392,15 @@ impl<'a> Listeners<'a> {
 
     /// What can only be said of the pools when all listeners are read.
     pub(super) fn finish(self, reader: &mut Reader) {
+        let built_in = Class::built_in().len();
+        for (index, class) in self.classes.iter().enumerate().skip(built_in) {
+            if !self.named.contains(&index) {
+                let name = &class.name;
+                reader.warnings.push(format!(
+                    "classes.{name}: nothing falls into this class: no built-in one is called `{name}`, and no listener's `classify` names it"
+                ));
+            }
+        }
         for pool in self.pools.iter() {
             let name = &pool.spec.name;
             let users = self.users.get(name);

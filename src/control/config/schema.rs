@@ -107,6 +107,9 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
             "routes": { "type": "array", "items": {
                 "type": "object", "additionalProperties": false, "required": ["pool"],
                 "properties": { "match": matching, "pool": { "type": "string" } } } },
+            "classify": { "type": "array", "maxItems": 64, "items": {
+                "type": "object", "additionalProperties": false, "required": ["class"],
+                "properties": { "match": matching, "class": { "type": "string" }, "even_carried": { "type": "boolean" } } } },
             "options": options,
             "tls": { "type": "object", "additionalProperties": false, "required": ["certificates"], "properties": {
                 "certificates": { "type": "array", "minItems": 1, "items": {

@@ -9,7 +9,6 @@ use strowger_contract::{
     Router, Transport, Transports, Unresolved,
 };
 
-use crate::classify::classify;
 use crate::engine::{Settings, SipEngine};
 use crate::incoming::{Incoming, trimmed};
 use crate::method::Method;
@@ -352,9 +351,10 @@ impl SipEngine {
         let in_dialog = scan.value(body, Name::To).and_then(tag).is_some();
         let class = match incoming.method {
             Method::Ack | Method::Cancel => ClassId::CONTROL,
-            _ if target.emergency => ClassId::EMERGENCY,
-            _ => classify(body, scan, incoming.name, incoming.uri, in_dialog),
+            _ if target.kept_emergency => ClassId::EMERGENCY,
+            _ => self.class_of(&incoming, in_dialog),
         };
+        let target = Target { emergency: class == ClassId::EMERGENCY, ..target };
         let place = match place {
             Ok(place) => place,
             Err(_) if one_way => return out.drop_message("ack_to_unknown_host"),

@@ -110,7 +110,7 @@ impl SipEngine {
     }
 
     /// By the first rule of the configuration that matches, else by what it is.
-    fn class_of(&self, incoming: &Incoming<'_>, in_dialog: bool) -> ClassId {
+    pub(crate) fn class_of(&self, incoming: &Incoming<'_>, in_dialog: bool) -> ClassId {
         let (message, scan) = (&incoming.message, incoming.scan);
         let class = classify(message.bytes, scan, incoming.name, incoming.uri, in_dialog);
         let rules = &self.settings.classify;

@@ -90,6 +90,8 @@ struct Inner {
     ready: AtomicBool,
     failed: Mutex<Vec<String>>,
     epoch: AtomicU64,
+    /// The epoch that the configuration came with; leases count on without it.
+    config_epoch: AtomicU64,
     workers: u8,
     started: Instant,
 }
@@ -164,6 +166,7 @@ impl Edge {
             ready: AtomicBool::new(false),
             failed: Mutex::default(),
             epoch: AtomicU64::new(0),
+            config_epoch: AtomicU64::new(0),
             workers,
             started: now,
         });
@@ -191,14 +194,28 @@ impl Edge {
         let admin_address = listener.local_addr()?;
         let stop = CancellationToken::new();
         let mut edge = Self { inner, admin_address, stop, tasks: Vec::new() };
-        edge.spawn_tasks(listener, admin.token, seed);
+        let tls = match &admin.tls {
+            Some(spec) => {
+                let server = edge.inner.fleet().tls().server(spec);
+                let server = server.map_err(|error| StartError::System(io::Error::other(error)))?;
+                Some((server, spec.handshake))
+            }
+            None => None,
+        };
+        edge.spawn_tasks(listener, admin.token, tls, seed);
         edge.inner.ready.store(true, Ordering::Relaxed);
         Ok(edge)
     }
 
-    fn spawn_tasks(&mut self, listener: TcpListener, token: Option<String>, seed: u64) {
+    fn spawn_tasks(
+        &mut self,
+        listener: TcpListener,
+        token: Option<String>,
+        tls: Option<(Arc<crate::tls::Server>, Duration)>,
+        seed: u64,
+    ) {
         let backend: Arc<dyn AdminBackend> = Arc::clone(&self.inner) as _;
-        self.spawn(admin::serve(listener, backend, token, self.stop.clone()));
+        self.spawn(admin::serve(listener, backend, token, tls, self.stop.clone()));
         self.spawn(tick(Arc::clone(&self.inner)));
         self.spawn(follow_certificates(Arc::clone(&self.inner)));
         self.spawn(Arc::clone(&self.inner.registry).run());
@@ -471,12 +488,15 @@ impl Inner {
         }
         match load(&self.source, None, &self.protocols, self.core.pool_names()) {
             Ok(loaded) => {
+                self.registry.provider("files", Ok(()));
                 self.apply(loaded);
                 let detail = format!("{why}; epoch {}", self.core.snapshot().epoch);
                 self.events.emit(Event::node(Level::Info, "config_reloaded", detail));
                 true
             }
             Err(errors) => {
+                let first = errors.0.first().map(ToString::to_string).unwrap_or_default();
+                self.registry.provider("files", Err(first));
                 self.metrics.reloaded(None, Duration::ZERO);
                 let detail = format!("{why}; the old configuration stays: {errors}");
                 self.events.emit(Event::node(Level::Warn, "config_rejected", detail));
@@ -512,6 +532,7 @@ impl Inner {
             self.events.emit(Event::pool(Level::Warn, "pin_collision", pool, instance, detail));
         }
         self.epoch.store(plan.epoch, Ordering::Relaxed);
+        self.config_epoch.store(plan.epoch, Ordering::Relaxed);
         self.sinks.traces.set_export(loaded.hep.clone());
         self.sinks.calls.set(loaded.cdr.clone());
         let at = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -567,11 +588,11 @@ impl AdminBackend for Inner {
                 several.iter().map(|source| format!("# {}\n{}", source.name, source.text)).collect()
             }
         };
-        (texts.join("\n---\n"), self.epoch.load(Ordering::Relaxed))
+        (texts.join("\n---\n"), self.config_epoch.load(Ordering::Relaxed))
     }
 
     fn put_config(&self, text: &str, if_match: Option<u64>) -> Result<u64, PutError> {
-        let epoch = self.core.snapshot().epoch;
+        let epoch = self.config_epoch.load(Ordering::Relaxed);
         if if_match.is_some_and(|wanted| wanted != epoch) {
             return Err(PutError::Stale(epoch));
         }
@@ -580,7 +601,7 @@ impl AdminBackend for Inner {
                 PutError::Invalid(errors.0.iter().map(ToString::to_string).collect())
             })?;
         self.apply(loaded);
-        let epoch = self.core.snapshot().epoch;
+        let epoch = self.config_epoch.load(Ordering::Relaxed);
         self.events.emit(Event::node(
             Level::Info,
             "config_reloaded",

@@ -3,6 +3,7 @@
 //! A test whose peer is not installed says so and does nothing, unless `CI` is set: then it fails.
 #![allow(missing_docs)]
 
+mod admin_tls;
 mod decode;
 mod demo;
 mod diameter;

@@ -54,6 +54,11 @@ impl NameServer {
         self.shared.mute.store(mute, Ordering::Relaxed);
     }
 
+    /// How long answers hold from now on, in seconds.
+    pub(crate) fn ttl(&self, seconds: u32) {
+        self.shared.ttl.store(seconds, Ordering::Relaxed);
+    }
+
     /// What was asked, as `name type`.
     pub(crate) fn asked(&self) -> Vec<String> {
         self.shared.asked.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -62,6 +67,12 @@ impl NameServer {
     fn add(&self, name: &str, data: RData) {
         let mut zone = self.shared.zone.lock().unwrap_or_else(PoisonError::into_inner);
         zone.entry((name.to_owned(), data.record_type())).or_default().push(data);
+    }
+
+    /// Takes a name's records of all types away.
+    pub(crate) fn remove(&self, name: &str) {
+        let mut zone = self.shared.zone.lock().unwrap_or_else(PoisonError::into_inner);
+        zone.retain(|(known, _), _| known != name);
     }
 
     pub(crate) fn a(&self, name: &str, address: &str) {

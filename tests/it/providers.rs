@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{Edge, Process, free_port, has};
+use crate::nameserver::NameServer;
 use crate::sip::phone::{Client, Server, status};
 
 /// A nats-server that can be stopped and started at its port.
@@ -223,4 +224,57 @@ fn the_bus_may_go_and_farewells_may_be_lost() {
         edge.instance("ims", &dead).is_null() || edge.instance("ims", &dead)["state"] == "gone"
     });
     assert!(is_there(&edge, &alive));
+}
+
+/// SRV records feed a pool; what they no longer name is suspended and then gone; an emptied zone
+/// and a mute name server change nothing.
+#[test]
+fn dns_feeds_a_pool() {
+    let names = NameServer::start();
+    names.ttl(1);
+    let (one, two) = (Server::polite(), Server::polite());
+    let ports = [one.address.port(), two.address.port()];
+    names.a("host.ims.test.", "127.0.0.1");
+    for port in ports {
+        names.srv("_sip._udp.ims.test.", 1, 10, port, "host.ims.test.");
+    }
+    let sip = free_port();
+    let yaml = |pool: &str| {
+        format!(
+            "version: 1\nnode: {{ workers: 1 }}\nadmin: {{ listen: ADMIN }}\n\
+             dns: {{ servers: [\"{}\"], query_timeout: 300ms, timeout: 1s }}\n\
+             listeners:\n  - {{ name: sip, protocol: sip, bind: [udp://127.0.0.1:{sip}], pool: ims }}\n\
+             pools:\n  ims: {{ debounce: 0{pool} }}\n",
+            names.address
+        )
+    };
+    let fed = ", dns: { name: _sip._udp.ims.test, transport: udp, grace: 3s }";
+    let edge = Edge::start(&yaml(fed));
+    let id = |index: usize| format!("127.0.0.1:{}", ports[index]);
+    edge.until("both", |edge| is_there(edge, &id(0)) && is_there(edge, &id(1)));
+    let mut caller = Client::udp(([127, 0, 0, 1], sip).into());
+    for number in 0..10 {
+        let call = format!("dns-{number}");
+        let request = caller.request("OPTIONS", "sip:bob@example.net", "alice", &call);
+        caller.send(request.as_bytes());
+        let answer = caller.final_answer(Duration::from_secs(30)).expect("an answer");
+        assert_eq!(status(&answer), 200, "{answer}");
+    }
+    let down = |edge: &Edge| edge.metric("strowger_provider_up", &["dns:ims"]) == 0.0;
+    names.mute(true);
+    edge.until("told of silence", down);
+    assert!(is_there(&edge, &id(0)) && is_there(&edge, &id(1)));
+    names.mute(false);
+    edge.until("heard again", |edge| !down(edge));
+    names.remove("_sip._udp.ims.test.");
+    edge.until("told of an empty zone", down);
+    assert!(is_there(&edge, &id(0)) && is_there(&edge, &id(1)), "an empty zone is a mistake");
+    names.srv("_sip._udp.ims.test.", 1, 10, ports[0], "host.ims.test.");
+    edge.until("suspended", |edge| edge.instance("ims", &id(1))["state"] == "suspended");
+    assert!(is_there(&edge, &id(0)));
+    edge.until("gone", |edge| edge.instance("ims", &id(1)).is_null());
+    assert!(is_there(&edge, &id(0)));
+    // The operator takes the provider away: what it named goes with it.
+    assert_eq!(edge.put_config(&yaml("")).0, 200);
+    edge.until("taken away", |edge| edge.instance("ims", &id(0)).is_null());
 }

@@ -297,3 +297,49 @@ fn sip_of_a_dead_instance_never_reaches_who_took_its_port() {
     send("OPTIONS", "sip:s@example.net", "<sip:s@example.net>", &[], 3);
     assert!(y.receive().is_some_and(|(new, _)| new.starts_with("OPTIONS")));
 }
+
+/// Who may register in one pool only takes no address from another pool's instance, however old;
+/// and a registration does not make a configuration's epoch stale.
+#[test]
+fn rights_end_at_the_pool_and_leases_do_not_count_as_configuration() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let tokens = folder.path().join("tokens.yaml");
+    let text = "tokens:\n  - { name: ims, token: token-of-the-ims-pool, pools: [ims], rights: [read, register] }\n  - { name: all, token: token-of-all-the-pools, pools: [\"*\"], rights: [read, register, config] }\n";
+    std::fs::write(&tokens, text).expect("written");
+    let config = format!(
+        "version: 1\nnode: {{ workers: 1 }}\nadmin: {{ listen: ADMIN, permissions_file: {} }}\nlisteners:\n  - {{ name: sip, protocol: sip, bind: [udp://127.0.0.1:{}], pool: ims }}\npools:\n  ims: {{}}\n  other: {{}}\n",
+        tokens.display(),
+        free_port()
+    );
+    let edge = Edge::start(&config);
+    let asks = |token: &str, method: &str, path: &str, more: &str, body: &str| {
+        let mut stream = std::net::TcpStream::connect(edge.admin).expect("it listens");
+        use std::io::{Read, Write};
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nHost: edge\r\nAuthorization: Bearer {token}\r\n{more}Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).expect("sent");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        let code: u16 = answer[9..12].parse().expect("a status");
+        (code, answer)
+    };
+    let (ims, all) = ("token-of-the-ims-pool", "token-of-all-the-pools");
+    let port = free_port();
+    let (_, answer) = asks(all, "GET", "/api/v1/config", "", "");
+    let etag = answer.lines().find_map(|line| line.strip_prefix("etag: ")).expect("an ETag");
+    let put = |token, path: &str| asks(token, "PUT", path, "", &body(1, port));
+    assert_eq!(put(all, "/api/v1/pools/other/instances/theirs").0, 201);
+    let (code, answer) = put(ims, "/api/v1/pools/ims/instances/mine?supersede=true");
+    assert_eq!(code, 409, "{answer}");
+    assert!(answer.contains("\"pool\":\"other\""), "{answer}");
+    let (code, answer) = put(all, "/api/v1/pools/ims/instances/mine?supersede=true");
+    assert_eq!(code, 201, "{answer}");
+    let text = config.replace("ADMIN", &edge.admin.to_string());
+    let (code, answer) =
+        asks(all, "PUT", "/api/v1/config", &format!("If-Match: {etag}\r\n"), &text);
+    assert_eq!(code, 200, "registrations came in between: {answer}");
+    let (code, _) = asks(all, "PUT", "/api/v1/config", &format!("If-Match: {etag}\r\n"), &text);
+    assert_eq!(code, 412, "that was a configuration");
+}

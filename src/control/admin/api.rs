@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Path, Query, Request, State};
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::sse::{self, KeepAlive, Sse};
@@ -18,6 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::wrappers::ReceiverStream;
 
+use super::tls::Peer;
 use super::{AdminBackend, PutError, leases};
 use crate::control::config::{Permission, Right};
 use crate::observe::Event;
@@ -92,10 +93,13 @@ pub(super) fn problem(status: StatusCode, title: &str, extra: Value) -> Response
 }
 
 /// The token, the number of requests, the time.
-async fn guard(State(shared): App, request: Request, next: Next) -> Response {
+async fn guard(State(shared): App, mut request: Request, next: Next) -> Response {
     let open = matches!(request.uri().path(), "/healthz" | "/readyz");
-    if !open && let Err(response) = may(&shared, &request) {
-        return *response;
+    if !open {
+        match may(&shared, &request) {
+            Ok(caller) => drop(request.extensions_mut().insert(caller)),
+            Err(response) => return *response,
+        }
     }
     let Ok(_place) = shared.places.try_acquire() else {
         return problem(StatusCode::SERVICE_UNAVAILABLE, "Too many requests at a time", json!({}));
@@ -108,19 +112,34 @@ async fn guard(State(shared): App, request: Request, next: Next) -> Response {
     }
 }
 
-/// Whether the token that is shown allows the request.
-fn may(shared: &Shared, request: &Request) -> Result<(), Box<Response>> {
+/// Who asks: all rights, or those of a permission. Goes along with the request.
+#[derive(Clone)]
+pub(super) struct Caller(Option<Permission>);
+
+impl Caller {
+    /// Whether it may register instances of a pool.
+    pub(super) fn may_register(&self, pool: &str) -> bool {
+        self.0.as_ref().is_none_or(|known| known.allows(Right::Register, Some(pool)))
+    }
+}
+
+/// Whether the certificate or the token that is shown allows the request.
+fn may(shared: &Shared, request: &Request) -> Result<Caller, Box<Response>> {
     let permissions = shared.backend.permissions();
     if shared.token.is_none() && permissions.is_empty() {
-        return Ok(());
+        return Ok(Caller(None));
     }
+    let peer = request.extensions().get::<ConnectInfo<Peer>>();
+    let certificate = peer.and_then(|ConnectInfo(peer)| peer.certificate.clone());
     let shown = request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
     let shown = shown.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default().trim();
     if shared.token.as_deref().is_some_and(|token| is_same(token, shown)) {
-        return Ok(());
+        return Ok(Caller(None));
     }
-    let known: Option<&Permission> =
-        permissions.iter().find(|permission| is_same(&permission.token, shown));
+    let known: Option<&Permission> = permissions.iter().find(|permission| {
+        certificate.as_ref().is_some_and(|shown| permission.is_of(shown))
+            || !permission.token.is_empty() && is_same(&permission.token, shown)
+    });
     let Some(known) = known else {
         let title = "A token is needed: Authorization: Bearer TOKEN";
         let response = problem(StatusCode::UNAUTHORIZED, title, json!({}));
@@ -128,7 +147,7 @@ fn may(shared: &Shared, request: &Request) -> Result<(), Box<Response>> {
     };
     let (right, pool) = what_is_asked(request.method(), request.uri().path());
     if known.allows(right, pool.as_deref()) {
-        return Ok(());
+        return Ok(Caller(Some(known.clone())));
     }
     let extra =
         json!({ "token": known.name, "right": format!("{right:?}").to_lowercase(), "pool": pool });

@@ -3,15 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::api::{App, Shared, no_instance, problem};
+use super::api::{App, Caller, Shared, no_instance, problem};
 use crate::control::registry::{Heartbeat, Put, Refused, Registration, RegistryError};
 
 /// Who brings instances in over the API.
@@ -45,6 +45,7 @@ pub(super) async fn put(
     State(shared): App,
     Path((pool, id)): Path<(String, String)>,
     Query(query): Query<PutQuery>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
@@ -62,7 +63,9 @@ pub(super) async fn put(
     let registry = shared.backend.registry();
     let vouched = query.supersede.unwrap_or(false);
     let told = registration.generation;
-    match registry.put(&pool, &id, registration, SOURCE, vouched) {
+    match registry
+        .put_as(&pool, &id, registration, SOURCE, vouched, &|pool| caller.may_register(pool))
+    {
         Ok(put) => {
             registry.written().await;
             let status = if put == Put::Created { StatusCode::CREATED } else { StatusCode::OK };

@@ -5,6 +5,7 @@
 mod api;
 mod calls;
 mod leases;
+mod tls;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,10 +92,21 @@ pub async fn serve(
     listener: TcpListener,
     backend: Arc<dyn AdminBackend>,
     token: Option<String>,
+    tls: Option<(Arc<crate::tls::Server>, Duration)>,
     shutdown: CancellationToken,
 ) {
+    let events = Arc::clone(backend.events());
     let app: Router = api::router(backend, token, REQUESTS_MAX, BODY_BYTES_MAX, REQUEST_TIMEOUT);
     let ended = async move { shutdown.cancelled().await };
+    if let Some((server, handshake)) = tls {
+        let events = Arc::clone(&events);
+        let Ok(listener) = tls::TlsListener::new(listener, server, handshake, events) else {
+            return;
+        };
+        let app = app.into_make_service_with_connect_info::<tls::Peer>();
+        let _ended = axum::serve(listener, app).with_graceful_shutdown(ended).await;
+        return;
+    }
     // It ends only by `shutdown`; open event streams are cut with the process.
     let _ended = axum::serve(listener, app).with_graceful_shutdown(ended).await;
 }

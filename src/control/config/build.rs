@@ -10,7 +10,7 @@ use strowger_contract::Class;
 use super::configure::Configure;
 use super::listeners::{Listeners, RawListener};
 use super::node::{AdminSettings, NodeSettings, RegistrySettings, admin, node, registry};
-use super::pools::{RawPool, pool};
+use super::pools::{RawPool, dns as dns_of, pool};
 use super::read::{Reader, join};
 use super::tree::{Kind, Node};
 use super::{Source, classes, dns, exports, providers};
@@ -115,7 +115,7 @@ impl<'a> Build<'a> {
             self.loaded.hep = exports::hep(reader, tree);
         }
         if let Some(tree) = fields.get("providers") {
-            self.loaded.providers = providers::providers(reader, tree);
+            self.loaded.providers.cloud_foundry = providers::providers(reader, tree).cloud_foundry;
         }
         if let Some(tree) = fields.get("dns") {
             dns::dns(reader, tree, &mut self.loaded.dns);
@@ -184,6 +184,7 @@ impl<'a> Build<'a> {
             if self.pools.len() >= POOLS_MAX {
                 return reader.wrong(&entry.value, &path, format!("over {POOLS_MAX} pools"));
             }
+            self.loaded.providers.dns.extend(dns_of(reader, entry, &path));
             if let Some(spec) = pool(reader, entry, &path) {
                 let (file, node) = (reader.file.clone(), entry.value.clone());
                 self.pools.push(RawPool { spec, file, node });
@@ -215,6 +216,19 @@ impl<'a> Build<'a> {
             built.extend(listeners.listener(reader, listener).map(Arc::new));
         }
         listeners.finish(reader);
+        for fed in &mut loaded.providers.dns {
+            let id = self.names.id(&fed.pool);
+            let users = built.iter().filter(|listener| listener.pools.contains(&id));
+            let mut protocols: Vec<String> =
+                users.map(|listener| listener.protocol.to_owned()).collect();
+            protocols.sort();
+            protocols.dedup();
+            if protocols.is_empty() {
+                protocols.push("tcp".to_owned());
+            }
+            fed.protocols = protocols;
+        }
+        loaded.providers.resolver = loaded.dns.clone();
         loaded.spec.listeners = built;
         loaded.spec.pools = self.pools.into_iter().map(|pool| pool.spec).collect();
         if raw.is_empty() {

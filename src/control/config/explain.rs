@@ -8,11 +8,11 @@ use strowger_contract::unix::shown;
 use strowger_contract::{ClassId, duration};
 
 use super::Loaded;
-use super::pools::{BALANCES, POLICIES, SEND_PROXY};
+use super::pools::{BALANCES, DNS_TRANSPORTS, POLICIES, SEND_PROXY};
 use super::providers::ISOLATIONS;
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 use super::tree::{self, Node, Step};
-use crate::control::providers::{CloudFoundrySettings, ProviderSettings};
+use crate::control::providers::{CloudFoundrySettings, DnsPoolSettings, ProviderSettings};
 use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{BackendSpec, ListenerSpec, PoolSpec, TlsClientSpec, TlsServerSpec};
@@ -58,7 +58,12 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
     watched.extend(loaded.watch.iter().map(|path| text(&path.display().to_string())));
     let listeners = loaded.spec.listeners.iter().zip(&loaded.effective);
     let listeners = listeners.map(|(spec, (_, effective))| listener(spec, effective)).collect();
-    let pools = loaded.spec.pools.iter().map(|spec| (spec.name.clone(), pool(spec)));
+    let pools = loaded.spec.pools.iter().map(|spec| {
+        (
+            spec.name.clone(),
+            pool(spec, loaded.providers.dns.iter().find(|fed| fed.pool == spec.name)),
+        )
+    });
     let values = [
         ("version", number(1)),
         (
@@ -78,6 +83,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
                 ("listen", text(&loaded.admin.listen.to_string())),
                 ("token_file", optional(loaded.admin.token_file.as_ref())),
                 ("permissions_file", optional(loaded.admin.permissions_file.as_ref())),
+                ("tls", loaded.admin.tls.as_ref().map_or_else(null, |tls| server_tls(tls))),
             ]),
         ),
         (
@@ -109,6 +115,16 @@ fn dns(dns: &DnsSettings) -> Shown {
         ("concurrent", number(dns.concurrent)),
         ("ttl_max", time(dns.ttl_max)),
         ("stale", time(dns.stale)),
+    ])
+}
+
+fn fed(fed: &DnsPoolSettings) -> Shown {
+    let transport = DNS_TRANSPORTS.iter().find(|(_, known)| *known == fed.transport);
+    map([
+        ("name", text(&fed.name)),
+        ("port", fed.port.map_or_else(null, number)),
+        ("transport", text(transport.map_or("udp", |(word, _)| word))),
+        ("grace", time(fed.grace)),
     ])
 }
 
@@ -208,7 +224,7 @@ fn listener(spec: &ListenerSpec, effective: &Value) -> Shown {
     Shown::Map(values.into_iter().map(|(key, value)| (key.to_owned(), value)).collect())
 }
 
-fn pool(spec: &PoolSpec) -> Shown {
+fn pool(spec: &PoolSpec, fed: Option<&DnsPoolSettings>) -> Shown {
     let balance = BALANCES.iter().find(|(_, balance)| *balance == spec.balance);
     let policy = POLICIES.iter().find(|(_, policy)| *policy == spec.qos.policy);
     let health = &spec.health;
@@ -244,6 +260,7 @@ fn pool(spec: &PoolSpec) -> Shown {
                 ("adaptive", Shown::Plain(spec.qos.adaptive.to_string())),
             ]),
         ),
+        ("dns", fed.map_or_else(null, self::fed)),
         ("slow_start", time(spec.slow_start)),
         ("drain", map([("deadline", time(spec.drain_deadline))])),
         ("debounce", time(spec.debounce)),

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::permissions::{self, Permission};
 use super::read::Reader;
 use super::tree::{Kind, Node};
-use crate::routing::NodeSpec;
+use crate::routing::{ClientAuth, NodeSpec, TlsServerSpec};
 
 /// Keys in a token key file, at most: each is tried on every token that no earlier one signed.
 const TOKEN_KEYS_MAX: usize = 8;
@@ -45,6 +46,8 @@ impl Default for NodeSettings {
 pub struct AdminSettings {
     /// Where it listens.
     pub listen: SocketAddr,
+    /// How clients are spoken to, if not in plain text.
+    pub tls: Option<Arc<TlsServerSpec>>,
     /// What clients must show.
     pub token: Option<String>,
     /// Where that was read from.
@@ -60,6 +63,7 @@ impl Default for AdminSettings {
         let listen = SocketAddr::from(([127, 0, 0, 1], 9080));
         Self {
             listen,
+            tls: None,
             token: None,
             token_file: None,
             permissions: Vec::new(),
@@ -126,7 +130,7 @@ pub(super) fn admin(reader: &mut Reader, node: &Node, admin: &mut AdminSettings)
     else {
         return;
     };
-    fields.unsupported(reader, "tls", "TLS for the admin API is");
+    admin.tls = super::tls::server(reader, &fields);
     if let Some(text) = fields.text(reader, "listen") {
         match text.parse() {
             Ok(address) => admin.listen = address,
@@ -159,12 +163,13 @@ pub(super) fn admin(reader: &mut Reader, node: &Node, admin: &mut AdminSettings)
         admin.permissions_file = Some(file);
     }
     let has_token = admin.token_file.is_some() || admin.permissions_file.is_some();
-    if !admin.listen.ip().is_loopback() && !has_token {
+    let mutual = admin.tls.as_ref().is_some_and(|tls| tls.client == ClientAuth::Required);
+    if !admin.listen.ip().is_loopback() && !has_token && !mutual {
         reader.wrong(
             fields.node_of("listen"),
             "admin.listen",
             format!(
-                "{} is not on loopback, where the admin API needs a token: name a file with `token_file`",
+                "{} is not on loopback, where the admin API needs a token or mutual TLS: name a file with `token_file`, or `tls` with `client_ca`",
                 admin.listen
             ),
         );

@@ -6,6 +6,8 @@
 //!   - { name: agent-h1, token: 7f3c…, pools: [ims, "pcrf-*"], rights: [register, drain] }
 //! ```
 
+use strowger_contract::Certificate;
+
 use super::Source;
 use super::read::Reader;
 use super::tree;
@@ -38,8 +40,10 @@ const RIGHTS: [(&str, Right); 4] = [
 pub struct Permission {
     /// Whose it is, for logs.
     pub name: String,
-    /// What is shown.
+    /// What is shown; empty if a certificate is.
     pub token: String,
+    /// The name in a client's certificate (subjectAltName, else its common name) that stands for it.
+    pub certificate: Option<String>,
     /// Pools that it is for; `*` at the end stands for any rest.
     pub pools: Vec<String>,
     /// What it may do.
@@ -47,6 +51,17 @@ pub struct Permission {
 }
 
 impl Permission {
+    /// Whether a verified certificate stands for it. The common name counts only where there is no
+    /// other (RFC 6125 6.4.4).
+    #[must_use]
+    pub fn is_of(&self, certificate: &Certificate) -> bool {
+        let Some(wanted) = &self.certificate else { return false };
+        let bare = certificate.dns.is_empty() && certificate.uris.is_empty();
+        certificate.is_for(wanted)
+            || certificate.uris.iter().any(|uri| uri == wanted)
+            || bare && certificate.common_name.as_ref() == Some(wanted)
+    }
+
     /// Whether it may, on a pool if it is about one.
     #[must_use]
     pub fn allows(&self, right: Right, pool: Option<&str>) -> bool {
@@ -72,11 +87,17 @@ pub(super) fn read(file: &str) -> Result<Vec<Permission>, String> {
     {
         for (index, node) in reader.list(list, "tokens").iter().enumerate() {
             let path = format!("tokens[{index}]");
-            let known = ["name", "token", "pools", "rights"];
+            let known = ["name", "token", "certificate", "pools", "rights"];
             let Some(fields) = reader.fields(node, &path, &known) else { continue };
             let name = fields.need_text(&mut reader, "name");
-            let token = fields.need_text(&mut reader, "token");
-            if token.as_ref().is_some_and(|token| token.len() < TOKEN_MIN) {
+            let certificate = fields.text(&mut reader, "certificate");
+            // Who shows a certificate needs no word besides.
+            let token = match &certificate {
+                Some(_) => fields.text(&mut reader, "token").or_else(|| Some(String::new())),
+                None => fields.need_text(&mut reader, "token"),
+            };
+            let short = |token: &String| token.len() < TOKEN_MIN && !token.is_empty();
+            if token.as_ref().is_some_and(short) {
                 let message = format!("is too short: at least {TOKEN_MIN} letters");
                 reader.wrong(fields.node_of("token"), &fields.path_of("token"), message);
             }
@@ -95,7 +116,7 @@ pub(super) fn read(file: &str) -> Result<Vec<Permission>, String> {
                 }
             }
             if let Some((name, token)) = name.zip(token) {
-                permissions.push(Permission { name, token, pools, rights });
+                permissions.push(Permission { name, token, certificate, pools, rights });
             }
         }
     }
@@ -114,6 +135,7 @@ mod tests {
         let permission = Permission {
             name: "x".to_owned(),
             token: String::new(),
+            certificate: None,
             pools: vec!["ims".to_owned(), "pcrf-*".to_owned()],
             rights: vec![Right::Register],
         };

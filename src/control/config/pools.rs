@@ -8,7 +8,8 @@ use strowger_contract::Transport;
 use super::endpoint::endpoint;
 use super::read::{Fields, Reader};
 use super::tls;
-use super::tree::{Entry, Node};
+use super::tree::{Entry, Kind, Node};
+use crate::control::providers::DnsPoolSettings;
 use crate::routing::{
     BackendSpec, Balance, HealthSpec, InstanceState, Policy, PoolSpec, QosSpec, SendProxy,
 };
@@ -21,6 +22,9 @@ const SESSION_TTL_MAX: Duration = Duration::from_secs(90 * 86_400);
 
 /// The generic health check: the backend takes a connection.
 pub(super) const TCP_CONNECT: &str = "tcp-connect";
+
+/// How long an instance that DNS no longer names keeps its sessions: a SIP transaction's 32 s.
+const DNS_GRACE: Duration = Duration::from_secs(60);
 
 /// How `balance` is written.
 pub(super) const BALANCES: [(&str, Balance); 5] = [
@@ -64,7 +68,7 @@ impl RawPool {
 
 /// Reads one pool.
 pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<PoolSpec> {
-    const KEYS: [&str; 14] = [
+    const KEYS: [&str; 15] = [
         "balance",
         "bounded_load",
         "session",
@@ -79,6 +83,7 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         "bind_keys",
         "tls",
         "send_proxy",
+        "dns",
     ];
     let fields = reader.fields(&entry.value, path, &KEYS)?;
     let mut pool = default_pool(&entry.key);
@@ -107,6 +112,43 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         pool.backends = backends(reader, node, &fields.path_of("backends"));
     }
     Some(pool)
+}
+
+/// How `dns.transport` is written.
+pub(super) const DNS_TRANSPORTS: [(&str, Transport); 3] =
+    [("udp", Transport::Udp), ("tcp", Transport::Tcp), ("tls", Transport::Tls)];
+
+/// Reads a pool's `dns`, if it has one.
+pub(super) fn dns(reader: &mut Reader, entry: &Entry, path: &str) -> Option<DnsPoolSettings> {
+    let Kind::Map(values) = &entry.value.kind else { return None };
+    let node = &values.iter().find(|value| value.key == "dns")?.value;
+    if node.kind == Kind::Null {
+        return None;
+    }
+    let path = format!("{path}.dns");
+    let fields = reader.fields(node, &path, &["name", "port", "transport", "grace"])?;
+    let name = fields.need_text(reader, "name");
+    let port = fields.number(reader, "port", 1, 65_535).map(|port| port as u16);
+    let given = fields.need(reader, "transport").is_some();
+    let transport = fields.choice(reader, "transport", &DNS_TRANSPORTS);
+    let grace = fields.duration(reader, "grace").unwrap_or(DNS_GRACE);
+    if grace < Duration::from_secs(1) || grace > Duration::from_secs(86_400) {
+        reader.wrong(fields.node_of("grace"), &fields.path_of("grace"), "must be from 1s to 1d");
+    }
+    let name = name?;
+    let is_service = name.starts_with('_');
+    if is_service && port.is_some() {
+        let message = "SRV records say the port themselves; leave it out";
+        reader.wrong(fields.node_of("port"), &fields.path_of("port"), message);
+    } else if !is_service && port.is_none() {
+        let message = format!(
+            "`{name}` is a host, which needs `port`; SRV records stand under _service._transport names"
+        );
+        reader.wrong(fields.node_of("name"), &fields.path_of("name"), message);
+    }
+    let transport = transport.filter(|_| given)?;
+    let (pool, protocols) = (entry.key.clone(), Vec::new());
+    Some(DnsPoolSettings { pool, name, port, transport, grace, protocols })
 }
 
 fn default_pool(name: &str) -> PoolSpec {

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::configure::Configure;
-use super::pools::SEND_PROXY;
+use super::pools::{DNS_TRANSPORTS, SEND_PROXY};
 use super::providers::ISOLATIONS;
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 
@@ -45,6 +45,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
         "drain": map(json!({ "deadline": duration })),
         "bind_keys": { "type": "array", "items": { "enum": bind_keys } },
+        "dns": { "type": "object", "additionalProperties": false, "required": ["name", "transport"], "properties": { "name": { "type": "string" }, "port": { "anyOf": [number(1, 65_535), { "type": "null" }] }, "transport": words(&DNS_TRANSPORTS), "grace": duration } },
         "send_proxy": words(&SEND_PROXY),
         "tls": map(json!({
             "ca": { "type": "string" }, "name": { "type": "string" }, "verify": words(&VERIFIES),
@@ -65,7 +66,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "properties": {
             "version": { "const": 1 },
             "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30), "bindings_max": number(1_024, 1 << 28) })),
-            "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] }, "permissions_file": { "type": ["string", "null"] } })),
+            "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] }, "permissions_file": { "type": ["string", "null"] }, "tls": server_tls(&duration) })),
             "registry": map(json!({ "state_file": { "type": ["string", "null"] }, "lease": duration })),
             "dns": map(json!({ "servers": { "type": "array", "maxItems": 8, "items": { "type": "string" } }, "query_timeout": duration, "timeout": duration, "cache": number(16, 1_000_000), "concurrent": number(1, 4_096), "ttl_max": duration, "stale": duration })),
             "providers": map(json!({ "cloud_foundry": { "type": "object", "additionalProperties": false, "required": ["servers"], "properties": {
@@ -111,13 +112,7 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
                 "type": "object", "additionalProperties": false, "required": ["class"],
                 "properties": { "match": matching, "class": { "type": "string" }, "even_carried": { "type": "boolean" } } } },
             "options": options,
-            "tls": { "type": "object", "additionalProperties": false, "required": ["certificates"], "properties": {
-                "certificates": { "type": "array", "minItems": 1, "items": {
-                    "type": "object", "additionalProperties": false, "required": ["certificate", "key"],
-                    "properties": { "certificate": { "type": "string" }, "key": { "type": "string" }, "ocsp": { "type": "string" } } } },
-                "client": words(&CLIENTS), "client_ca": { "type": "string" },
-                "alpn": { "type": "array", "items": { "type": "string" } },
-                "min_version": words(&VERSIONS), "handshake": duration } },
+            "tls": server_tls(&duration),
             "limits": { "type": "object", "additionalProperties": false, "properties": {
                 "connections": { "type": "integer", "minimum": 1 },
                 "queued_bytes": { "type": "integer", "minimum": 4096 },
@@ -128,4 +123,14 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
                 "trusted": { "type": "array", "minItems": 1, "items": { "type": "string" } }, "timeout": duration } }
         }
     })
+}
+
+fn server_tls(duration: &Value) -> Value {
+    json!({ "type": "object", "additionalProperties": false, "required": ["certificates"], "properties": {
+                "certificates": { "type": "array", "minItems": 1, "items": {
+                    "type": "object", "additionalProperties": false, "required": ["certificate", "key"],
+                    "properties": { "certificate": { "type": "string" }, "key": { "type": "string" }, "ocsp": { "type": "string" } } } },
+                "client": words(&CLIENTS), "client_ca": { "type": "string" },
+                "alpn": { "type": "array", "items": { "type": "string" } },
+                "min_version": words(&VERSIONS), "handshake": duration } })
 }

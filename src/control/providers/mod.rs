@@ -4,24 +4,29 @@
 //! | module | what it does |
 //! |---|---|
 //! | `message` | Cloud Foundry's registration messages, read; pure |
+//! | `dns` | pools whose instances DNS names |
 //! | `nats` | where they come from |
 //! | `feed` | what was heard, brought into the registry |
 //! | this | starts and ends providers as the configuration says |
 
+mod dns;
 mod feed;
 mod message;
 mod nats;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
+pub use dns::DnsPoolSettings;
 pub use feed::Feed;
 pub use message::{Action, Isolation, Mapping, Rejected, RouteMessage, parse};
 pub use nats::CloudFoundrySettings;
 
 use crate::control::registry::Registry;
+use crate::control::resolve::DnsSettings;
 use crate::observe::{Events, Metrics};
 
 /// Which providers there are.
@@ -29,6 +34,10 @@ use crate::observe::{Events, Metrics};
 pub struct ProviderSettings {
     /// Cloud Foundry over NATS.
     pub cloud_foundry: Option<CloudFoundrySettings>,
+    /// Pools that DNS feeds.
+    pub dns: Vec<DnsPoolSettings>,
+    /// The name servers for those.
+    pub resolver: DnsSettings,
 }
 
 /// The providers that run.
@@ -44,6 +53,7 @@ pub struct Providers {
 struct Running {
     settings: ProviderSettings,
     cloud_foundry: Option<Task>,
+    dns: HashMap<String, Task>,
 }
 
 /// A provider's task; it ends with its handle.
@@ -84,6 +94,33 @@ impl Providers {
                 None => self.registry.forget_provider(nats::NAME),
             }
         }
+        self.configure_dns(&mut running, settings);
         running.settings = settings.clone();
+    }
+
+    fn configure_dns(&self, running: &mut Running, settings: &ProviderSettings) {
+        let before = std::mem::take(&mut running.settings.dns);
+        let same_servers = running.settings.resolver == settings.resolver;
+        for old in &before {
+            if !settings.dns.contains(old) || !same_servers {
+                running.dns.remove(&old.pool);
+            }
+            if !settings.dns.iter().any(|new| new.pool == old.pool) {
+                // The operator's word: what it named is no more.
+                let source = dns::source(&old.pool);
+                for (pool, id, _) in self.registry.of_source(&source) {
+                    // Only this source deletes what it brought in.
+                    let _gone = self.registry.delete(&pool, &id, None);
+                }
+                self.registry.forget_provider(&source);
+            }
+        }
+        for new in &settings.dns {
+            if !running.dns.contains_key(&new.pool) {
+                let feed = self.feed(&dns::source(&new.pool));
+                let task = dns::run(new.clone(), settings.resolver.clone(), feed);
+                running.dns.insert(new.pool.clone(), Task(self.handle.spawn(task)));
+            }
+        }
     }
 }

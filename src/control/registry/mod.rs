@@ -211,11 +211,28 @@ impl Registry {
         &self,
         pool: &str,
         id: &str,
-        mut registration: Registration,
+        registration: Registration,
         source: &str,
         vouched: bool,
     ) -> Result<Put, RegistryError> {
-        let outcome = self.try_put(pool, id, &mut registration, source, vouched);
+        self.put_as(pool, id, registration, source, vouched, &|_| true)
+    }
+
+    /// The same for somebody who may take addresses from instances of some pools only: who may
+    /// not register in the holder's pool may not end its sessions either.
+    ///
+    /// # Errors
+    /// See [`RegistryError`].
+    pub fn put_as(
+        &self,
+        pool: &str,
+        id: &str,
+        mut registration: Registration,
+        source: &str,
+        vouched: bool,
+        may: &dyn Fn(&str) -> bool,
+    ) -> Result<Put, RegistryError> {
+        let outcome = self.try_put(pool, id, &mut registration, source, vouched, may);
         let word = match &outcome {
             Ok(Put::Created) => "created",
             Ok(Put::Updated) => "updated",
@@ -238,6 +255,7 @@ impl Registry {
         registration: &mut Registration,
         source: &str,
         vouched: bool,
+        may: &dyn Fn(&str) -> bool,
     ) -> Result<Put, RegistryError> {
         check_id(id).map_err(RegistryError::Bad)?;
         let default = self.lease().as_millis() as u64;
@@ -257,6 +275,11 @@ impl Registry {
             }
         }
         let now = self.now();
+        let held = inner.model.holder_elsewhere(pool, id, registration, may);
+        if let Some((address, holder)) = held {
+            let retry_ms = registration.lease_ttl_ms;
+            return Err(Refused::AddressInUse { address, holder, retry_ms }.into());
+        }
         // A source vouches for its own addresses only: what another one brought in stays as long
         // as it is alive.
         let vouched = vouched && inner.model.holders_are_of(source, id, registration);

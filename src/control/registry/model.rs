@@ -264,6 +264,27 @@ impl Model {
         })
     }
 
+    /// An address of the registration that an instance of another pool has, where `may` does not
+    /// allow to take it.
+    #[must_use]
+    pub fn holder_elsewhere(
+        &self,
+        pool: &str,
+        id: &str,
+        registration: &Registration,
+        may: &dyn Fn(&str) -> bool,
+    ) -> Option<(String, (String, String))> {
+        let others = self.leases().filter(|(other_pool, other, _)| {
+            *other_pool != pool && *other != id && !may(other_pool)
+        });
+        others.into_iter().find_map(|(other_pool, other, lease)| {
+            let taken = registration.endpoints.iter().find(|endpoint| {
+                lease.registration.endpoints.iter().any(|has| has.address == endpoint.address)
+            })?;
+            Some((taken.address.clone(), (other_pool.to_owned(), other.to_owned())))
+        })
+    }
+
     /// What changed since the last call.
     pub fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `ask` | one record type of one name, by hickory-resolver |
 //! | `rfc3263` | which records are asked for, in which order |
+//! | `discover` | all instances under a name, for pools |
 //! | `order` | the order in which what was found is tried |
 //! | this | the cache, the questions under way, and the bounds of both |
 //!
@@ -12,6 +13,7 @@
 //! that never answers costs those who asked for its names, and only so long.
 
 mod ask;
+mod discover;
 mod order;
 mod rfc3263;
 
@@ -29,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::observe::{DnsMetrics, Event, Events};
 use crate::runtime::{Answer, Reply, Resolver};
 use ask::{Miss, Servers};
+pub use discover::{Discovered, Discovery};
 use order::Found;
 
 /// Questions that wait or are asked, at most; then newcomers hear that it is busy.

@@ -4,6 +4,7 @@ mod caller;
 mod chaos;
 mod import;
 mod names;
+mod outbound;
 pub(crate) mod phone;
 mod scenarios;
 mod secure;

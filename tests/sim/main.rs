@@ -16,7 +16,9 @@ mod diameter_waits;
 #[path = "../support/rig.rs"]
 mod rig;
 mod sip;
+mod sip_bench;
 mod sip_cases;
+mod sip_outbound;
 mod world;
 
 use std::panic::catch_unwind;

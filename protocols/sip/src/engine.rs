@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use strowger_contract::{
     ClassRule, Closing, Context, Endpoint, Engine, LookupId, Message, Outbox, PeerChange, Place,
-    PoolId, Refusal, Route, Router, Ticket, Transport, Unresolved, Wheel, WorkerId,
+    PoolId, Refusal, Route, Router, Ticket, Transport, Unresolved, Wheel, WorkerId, stable_hash,
 };
 
 use crate::calls::Calls;
@@ -28,6 +28,9 @@ pub(crate) struct Settings {
     pub(crate) classify: Vec<ClassRule<SipMatch>>,
     pub(crate) worker: WorkerId,
     pub(crate) workers: u8,
+    /// Names this start of the process, so that no connection of an earlier one is taken for one of
+    /// ours.
+    pub(crate) epoch: u32,
 }
 
 impl Settings {
@@ -40,6 +43,7 @@ impl Settings {
             classify: context.scope.classify.clone(),
             worker: context.worker,
             workers: context.workers,
+            epoch: stable_hash(context.scope.node.as_bytes()) as u32 ^ context.started,
         }
     }
 
@@ -115,7 +119,8 @@ impl SipEngine {
     }
 
     pub(crate) fn reconfigure(&mut self, context: &Context<'_, Sip>) {
-        self.settings = Settings::new(context);
+        let epoch = self.settings.epoch;
+        self.settings = Settings { epoch, ..Settings::new(context) };
     }
 
     /// Lets the wheel look at a transaction when something is next due for it.
@@ -144,6 +149,9 @@ impl Engine for SipEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        if crate::stun::is_no_sip(message.bytes) {
+            return self.keep_alive(now, &message, router, out);
+        }
         let mut scan = std::mem::take(&mut self.scan);
         let result = scan.scan(message.bytes);
         match (result, scan.start) {
@@ -190,7 +198,7 @@ impl Engine for SipEngine {
     ) {
         match change {
             PeerChange::Closed(cause) => {
-                if !self.guard.may_look(now, peer, router) {
+                if !self.transactions.may_wait_on(peer) || !self.guard.may_look(now, peer, router) {
                     return;
                 }
                 for (slot, attempt) in self.transactions.waiting_on(peer) {

@@ -75,6 +75,7 @@ impl SipEngine {
         let open = transaction.state == State::Open;
         let Some(leg) = transaction.leg(attempt) else { return };
         let (rang, upgraded, late) = (leg.rang, leg.upgraded, leg.abandoned);
+        let is_flow = leg.is_flow;
         let hop = NextHop {
             backend: leg.backend,
             pin: leg.pin,
@@ -105,7 +106,13 @@ impl SipEngine {
                 leg.abandoned = true;
             }
         } else {
-            self.consider_ours(slot, 500, "Connection To The Instance Lost");
+            if is_flow {
+                // RFC 5626 5.3: the registrar forgets the flow and tries the user's others.
+                out.note(Note::Count("sip_flows_failed"));
+                self.consider_ours(slot, 430, "Flow Failed");
+            } else {
+                self.consider_ours(slot, 500, "Connection To The Instance Lost");
+            }
             self.conclude(now, slot, router, out);
         }
         self.schedule(now, slot);

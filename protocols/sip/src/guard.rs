@@ -62,17 +62,14 @@ impl SipEngine {
         scan: &Scan,
         router: &dyn Router,
     ) -> Option<&'static str> {
-        let options = &self.settings.options;
         let ip = message.remote.ip();
         if is_instance(message.from, message.remote, router) {
             return None;
         }
-        if let Some(rate) = options.limits.flood
-            && !is_peer(options, ip)
-            && !self.guard.floods.take(source_key(ip, router), rate, now)
-        {
-            return Some("flood");
+        if let Some(why) = self.flooded(now, message, router) {
+            return Some(why);
         }
+        let options = &self.settings.options;
         if options.access.refuse == Refuse::Drop && !let_in(options, ip) {
             return Some("access_denied");
         }
@@ -81,6 +78,20 @@ impl SipEngine {
             options.scanners.iter().any(|word| contains(agent, word.as_bytes()))
         });
         scans.then_some("scanner")
+    }
+
+    /// Whether its sender sends too much of anything.
+    pub(crate) fn flooded(
+        &mut self,
+        now: Instant,
+        message: &Message<'_>,
+        router: &dyn Router,
+    ) -> Option<&'static str> {
+        let (options, ip) = (&self.settings.options, message.remote.ip());
+        let rate = options.limits.flood?;
+        let over =
+            !is_peer(options, ip) && !self.guard.floods.take(source_key(ip, router), rate, now);
+        over.then_some("flood")
     }
 
     /// The answer to a request that is over a limit, or from outside of the access list.

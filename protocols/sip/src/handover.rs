@@ -17,12 +17,15 @@ const SLOTS_MAX: u32 = 1 << 20;
 
 #[derive(Serialize)]
 struct Saved<'a> {
+    /// Connections keep their numbers as well.
+    epoch: u32,
     transactions: Vec<(u32, &'a Transaction)>,
     calls: (u64, Vec<(u32, &'a Open)>),
 }
 
 #[derive(Deserialize)]
 struct Restored {
+    epoch: u32,
     transactions: Vec<(u32, Transaction)>,
     calls: (u64, Vec<(u32, Open)>),
 }
@@ -37,7 +40,8 @@ impl Restored {
 
 impl SipEngine {
     pub(crate) fn saved(&self) -> Vec<u8> {
-        write(&Saved { transactions: self.transactions.all(), calls: self.calls.all() })
+        let epoch = self.settings.epoch;
+        write(&Saved { epoch, transactions: self.transactions.all(), calls: self.calls.all() })
     }
 
     pub(crate) fn take_over(
@@ -51,6 +55,7 @@ impl SipEngine {
         if !saved.is_sound() {
             return Err(Broken);
         }
+        self.settings.epoch = saved.epoch;
         let (mut slots, mut waited) = (Vec::new(), Vec::new());
         for (slot, transaction) in &mut saved.transactions {
             transaction.wakes_at = None;

@@ -7,13 +7,14 @@
 //! | [`branch`] | our signed Via branch |
 //! | `incoming` | a request, checked and named |
 //! | `guard`, `limit`, `access` | who is let in, and how much is taken of whom |
-//! | `target` | where a request goes: Route, token, pool |
+//! | `target`, `flow` | where a request goes: Route, token, pool; a client's flow |
 //! | `place`, `send`, `write`, `rules` | choosing the next hop; the request as it goes there |
 //! | `pace` | how long an instance may be silent, and what retries may cost |
 //! | `transaction` | what is under way: one request, its legs |
 //! | `engine`, `requests`, `responses`, `answers`, `failures`, `finish`, `timers` | the proxy |
 //! | `stateless` | sending on without remembering |
 //! | `calls` | slots and records of calls |
+//! | `stun` | keep-alives of flows |
 //! | `respond` | answers of our own |
 //! | `probe` | OPTIONS as a health check |
 //! | `trace` | which messages belong to a traced call |
@@ -27,6 +28,7 @@ mod classify;
 mod engine;
 mod failures;
 mod finish;
+mod flow;
 pub mod frame;
 mod guard;
 mod handover;
@@ -46,6 +48,7 @@ pub mod rules;
 pub mod scan;
 mod send;
 mod stateless;
+mod stun;
 mod target;
 mod timers;
 mod trace;

@@ -22,6 +22,19 @@ pub enum Mode {
     Stateless,
 }
 
+/// Whether REGISTER gets a Path (RFC 3327), so that what is for its user comes back this way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PathMode {
+    /// Never.
+    Never,
+    /// If the client says that it knows `path` or `outbound`, or its Contact has a `reg-id`.
+    #[default]
+    Supported,
+    /// Always. A registrar that does not know Path ignores it.
+    Always,
+}
+
 /// How many instances a request that begins something is sent to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
@@ -134,6 +147,9 @@ pub struct SipOptions {
     pub udp_max: u32,
     /// Remember where REGISTER went, and send requests for that user there.
     pub aor_affinity: bool,
+    /// `supported` (default), `always` or `never`: Path in REGISTER (RFC 3327), with the client's flow
+    /// (RFC 5626).
+    pub path: PathMode,
     /// Transactions at a time, per worker; more are refused with 503.
     pub max_transactions: u32,
     /// Note a record of each call for CDRs and the dialog list.
@@ -176,6 +192,7 @@ impl Default for SipOptions {
             recurse: false,
             udp_max: 1_300,
             aor_affinity: false,
+            path: PathMode::Supported,
             max_transactions: 200_000,
             cdr: false,
             trusted: None,

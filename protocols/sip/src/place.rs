@@ -11,12 +11,13 @@ use strowger_contract::{
 
 use crate::branch::Branch;
 use crate::engine::{Settings, SipEngine};
+use crate::flow::ClientFlow;
 use crate::lookup::by_contact;
 use crate::pace::Excluded;
 use crate::respond::Answer;
 use crate::scan::{Scan, Start};
 use crate::send::{Origin, forward};
-use crate::target::{ClientFlow, Hop, Target, target};
+use crate::target::{Hop, Target, target};
 use crate::transaction::{Cancel, LEGS_MAX, Leg, LegState};
 
 /// Where a leg goes.
@@ -60,7 +61,7 @@ impl NextHop {
 
     pub(crate) fn endpoint(&self, settings: &Settings) -> Option<Endpoint> {
         if let Some(client) = self.flow {
-            return Some(Endpoint::Client(client.flow));
+            return Some(client.endpoint);
         }
         match self.backend {
             Some(backend) if self.transport.is_stream() => Some(Endpoint::Backend(backend)),
@@ -238,6 +239,7 @@ impl SipEngine {
         write(&hop, &mut sent, router);
         let mut upgraded = false;
         if hop.transport == Transport::Udp
+            && hop.flow.is_none()
             && !as_datagram
             && self.large.wants_stream(now, sent.len(), self.settings.options.udp_max, hop.address)
             && self.settings.local.has(Transport::Tcp)
@@ -263,6 +265,7 @@ impl SipEngine {
             backend: hop.backend,
             pin: hop.pin,
             to,
+            is_flow: hop.flow.is_some(),
             address: hop.address,
             sent_at: now,
             owed: hop.backend.is_some(),
@@ -282,6 +285,7 @@ impl SipEngine {
             let class = transaction.class;
             out.send(to, class, |bytes| bytes.extend_from_slice(&leg.sent));
             transaction.legs.push(leg);
+            self.transactions.note_flow(to);
         }
         Ok(())
     }

@@ -5,11 +5,13 @@ use strowger_contract::{Endpoint, Router, Transport};
 use crate::access::any;
 use crate::branch::Branch;
 use crate::engine::SipEngine;
+use crate::flow::{ClientFlow, Path, knows_path};
 use crate::method::Method;
+use crate::options::PathMode;
 use crate::place::NextHop;
 use crate::rules::{Facts, edit};
 use crate::scan::{Name, Scan};
-use crate::target::{ClientFlow, MARK_BACKEND, MARK_EMERGENCY, Target, dialog_binding};
+use crate::target::{MARK_BACKEND, MARK_EMERGENCY, Target, dialog_binding};
 use crate::uri::tag;
 use crate::write::Forward;
 
@@ -21,6 +23,16 @@ pub(crate) struct Origin {
     pub(crate) local: std::net::SocketAddr,
     pub(crate) method: Method,
     pub(crate) from_backend: bool,
+}
+
+impl Origin {
+    /// What it came over; `client` is where answers go, which may be another port (RFC 3581).
+    fn from(&self) -> Endpoint {
+        match self.client {
+            Endpoint::Datagram { socket, .. } => Endpoint::Datagram { socket, remote: self.source },
+            other => other,
+        }
+    }
 }
 
 #[allow(
@@ -47,9 +59,14 @@ pub(crate) fn forward(
     let from_tag = scan.value(request, Name::From).and_then(tag).unwrap_or_default();
     let to_tag = scan.value(request, Name::To).and_then(tag);
     let flow = match hop.flow {
-        None if wanted && hop.backend.is_some() => {
-            ClientFlow::of(origin.client, origin.transport, origin.source, request, scan)
-        }
+        None if wanted && hop.backend.is_some() => ClientFlow::of_dialog(
+            origin.from(),
+            origin.transport,
+            origin.source,
+            request,
+            scan,
+            settings.epoch,
+        ),
         known => known,
     };
     let token = hop.pin.filter(|_| wanted).map(|pin| {
@@ -62,6 +79,9 @@ pub(crate) fn forward(
         let binding = dialog_binding(call_id ^ ClientFlow::binding(flow), initiator);
         router.seal(pin, mark, binding)
     });
+    let path = (origin.method == Method::Register && hop.backend.is_some())
+        .then(|| path(settings, request, scan, origin, router))
+        .flatten();
     let side = |socket: u16| (local.transport(socket), local.text(socket));
     let other = (receiving != facing).then(|| side(receiving));
     Forward {
@@ -73,6 +93,7 @@ pub(crate) fn forward(
         branch,
         call_id,
         record_route: token,
+        path,
         flow,
         sides: [Some(side(facing)), other],
         source: origin.source,
@@ -83,6 +104,25 @@ pub(crate) fn forward(
         worker: settings.options.cdr.then_some(settings.worker),
     }
     .write(router, out);
+}
+
+/// Our Path for a REGISTER of a client, if there is to be one.
+fn path(
+    settings: &crate::engine::Settings,
+    request: &[u8],
+    scan: &Scan,
+    origin: &Origin,
+    router: &dyn Router,
+) -> Option<Path> {
+    let wanted = match settings.options.path {
+        PathMode::Never => false,
+        PathMode::Supported => knows_path(request, scan),
+        PathMode::Always => true,
+    };
+    (wanted && !origin.from_backend).then(|| {
+        let (source, epoch) = (origin.source, settings.epoch);
+        Path::of(origin.from(), origin.transport, source, request, scan, epoch, router)
+    })
 }
 
 impl SipEngine {

@@ -3,12 +3,11 @@
 
 use std::net::SocketAddr;
 
-use strowger_contract::{
-    Endpoint, FlowId, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash,
-};
+use strowger_contract::{Endpoint, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash};
 
 use crate::classify::is_emergency;
 use crate::engine::Settings;
+use crate::flow::{ClientFlow, reads_path_token};
 use crate::lookup::Named;
 use crate::options::Matched;
 use crate::scan::{Name, Scan};
@@ -57,70 +56,6 @@ pub(crate) enum Hop {
     Nowhere(u16, &'static str),
 }
 
-/// A client's connection that its dialogs' requests go back over: one that cannot be dialed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ClientFlow {
-    pub(crate) flow: FlowId,
-    pub(crate) transport: Transport,
-}
-
-impl ClientFlow {
-    /// The connection that a request came over, if the client is not to be reached otherwise: a TLS
-    /// or WebSocket client has no address to dial, and a TCP client whose Contact names the
-    /// connection itself listens nowhere (RFC 5626 5.3).
-    pub(crate) fn of(
-        from: Endpoint,
-        transport: Transport,
-        source: SocketAddr,
-        request: &[u8],
-        scan: &Scan,
-    ) -> Option<Self> {
-        let Endpoint::Client(flow) = from else { return None };
-        let only_way = transport != Transport::Tcp
-            || scan
-                .value(request, Name::Contact)
-                .and_then(route_uri)
-                .and_then(Uri::parse)
-                .and_then(|uri| uri.address())
-                .is_some_and(|contact| contact == source);
-        only_way.then_some(Self { flow, transport })
-    }
-
-    /// As the parameter `sf` of our Record-Route has it: a letter and 16 hex digits.
-    pub(crate) fn write(self, out: &mut Vec<u8>) {
-        out.push(match self.transport {
-            Transport::Tls => b's',
-            Transport::Ws => b'w',
-            Transport::Wss => b'x',
-            Transport::Udp | Transport::Tcp | Transport::Unix => b't',
-        });
-        let bits = self.flow.to_bits();
-        crate::branch::hex((bits >> 32) as u32, 8, out);
-        crate::branch::hex(bits as u32, 8, out);
-    }
-
-    fn read(route: &Uri<'_>) -> Option<Self> {
-        let (kind, digits) = route.parameter(b"sf").flatten()?.split_first()?;
-        let transport = match kind {
-            b's' => Transport::Tls,
-            b'w' => Transport::Ws,
-            b'x' => Transport::Wss,
-            b't' => Transport::Tcp,
-            _ => return None,
-        };
-        let digits = std::str::from_utf8(digits).ok().filter(|digits| digits.len() == 16)?;
-        let bits = u64::from_str_radix(digits, 16).ok()?;
-        Some(Self { flow: FlowId::from_bits(bits), transport })
-    }
-
-    /// What binds a token to it, so that nobody can put another's connection in its place.
-    pub(crate) fn binding(flow: Option<Self>) -> u64 {
-        flow.map_or(0, |flow| {
-            stable_hash(&flow.flow.to_bits().to_be_bytes()).rotate_left(flow.transport as u32)
-        })
-    }
-}
-
 /// What binds a token to a dialog: its Call-ID and the tag of the side that began it.
 pub(crate) fn dialog_binding(call_id: u64, initiator_tag: &[u8]) -> u64 {
     call_id ^ stable_hash(initiator_tag).rotate_left(17)
@@ -132,6 +67,25 @@ pub(crate) const MARK_BACKEND: u8 = 1;
 /// The mark of a token whose dialog was begun as an emergency: it stays one to its end, though
 /// requests within carry neither the URN nor a Resource-Priority.
 pub(crate) const MARK_EMERGENCY: u8 = 2;
+
+/// What our own Route value says.
+#[derive(Clone, Copy, Default)]
+struct Told<'a> {
+    token: Option<&'a [u8]>,
+    flow: Option<ClientFlow>,
+    /// RFC 5626 5.1: it stood in a Path of ours.
+    outbound: bool,
+}
+
+impl<'a> Told<'a> {
+    fn of(route: &Uri<'a>) -> Self {
+        Self {
+            token: route.user,
+            flow: ClientFlow::read(route),
+            outbound: route.parameter(b"ob").is_some(),
+        }
+    }
+}
 
 struct Side {
     pin: Pin,
@@ -165,16 +119,14 @@ pub(crate) fn target<'a>(
         from_backend: false,
         keeper: None,
     };
-    let mut token = None;
+    let mut told = Told::default();
     // 16.4: a strict router before us put our Record-Route into the Request-URI.
     let ours = |uri: &Uri<'_>| settings.local.is_ours(uri.host, Some(uri.port_or_default()));
-    let mut flow = None;
     let mut request_uri = uri;
     if parsed.is_some_and(|uri| ours(&uri) && uri.user.is_some_and(is_token_like))
         && let Some(last) = all_values(bytes, scan, Name::Route).last().and_then(route_uri)
     {
-        token = parsed.and_then(|uri| uri.user);
-        flow = parsed.as_ref().and_then(ClientFlow::read);
+        told = parsed.as_ref().map(Told::of).unwrap_or_default();
         request_uri = last;
         target.uri = Some(last);
         target.drop_last_route = true;
@@ -185,9 +137,8 @@ pub(crate) fn target<'a>(
         let uri = route_uri(value);
         let parsed = uri.and_then(Uri::parse);
         if let Some(route) = parsed.filter(ours) {
-            if token.is_none() {
-                token = route.user;
-                flow = ClientFlow::read(&route);
+            if told.token.is_none() {
+                told = Told::of(&route);
             }
             target.keeper = target.keeper.or_else(|| keeper(&route));
             target.pop_routes += 1;
@@ -196,7 +147,11 @@ pub(crate) fn target<'a>(
             break;
         }
     }
-    let side = token.and_then(|token| side(bytes, scan, token, flow, call_id, router));
+    if let Some(outcome) = outbound(settings, message, &told, router) {
+        towards_flow(&mut target, next, request_uri, outcome, source_backend(message, router));
+        return target;
+    }
+    let side = told.token.and_then(|token| side(bytes, scan, token, told.flow, call_id, router));
     target.kept_emergency = side.as_ref().is_some_and(|side| side.emergency);
     target.emergency |= target.kept_emergency;
     let source = source_backend(message, router);
@@ -245,11 +200,64 @@ pub(crate) fn target<'a>(
         };
         return target;
     }
-    // What the token did not vouch for is nobody's connection.
-    let flow = flow.filter(|_| side.is_some());
+    // What the token did not vouch for is nobody's connection; nor is one of an earlier start.
+    let flow = told.flow.filter(|flow| side.is_some() && flow.is_current(settings.epoch));
     let pin = side.map(|side| side.pin).or(source);
     towards_address(settings, &mut target, next, request_uri, pin, flow, chosen);
     target
+}
+
+/// RFC 5626 5.3: what a Path value of ours says of the flow to follow, if the request carries one and
+/// does not come from that very client.
+fn outbound(
+    settings: &Settings,
+    message: &Message<'_>,
+    told: &Told<'_>,
+    router: &dyn Router,
+) -> Option<Result<ClientFlow, Hop>> {
+    let (token, flow) = (told.token?, told.flow?);
+    if flow.endpoint == message.from {
+        // 5.3.2: the client's own request, on its way out.
+        return None;
+    }
+    if !reads_path_token(token, flow, router) {
+        // A token that an earlier start or somebody else signed leads to nobody: the registrar shall
+        // try the user's other flows. Tokens of Record-Route are looked at elsewhere.
+        return told.outbound.then_some(Err(Hop::Nowhere(430, "Flow Failed")));
+    }
+    let current = flow.is_current(settings.epoch);
+    Some(if current { Ok(flow) } else { Err(Hop::Nowhere(430, "Flow Failed")) })
+}
+
+/// A request for a registered client goes over the flow that it registered by.
+fn towards_flow<'a>(
+    target: &mut Target<'a>,
+    next: Option<&'a [u8]>,
+    request_uri: &'a [u8],
+    flow: Result<ClientFlow, Hop>,
+    source: Option<Pin>,
+) {
+    target.from_backend = source.is_some();
+    target.begun_by_backend = source.is_some();
+    route_strictly(target, next, request_uri);
+    target.hop = match flow {
+        Err(dead) => dead,
+        Ok(client) => {
+            let said = Uri::parse(next.unwrap_or(request_uri)).and_then(|uri| uri.address());
+            Hop::Flow { client, address: client.address(said), pin: source }
+        }
+    };
+}
+
+/// RFC 3261 16.6 step 6: what a next hop that routes strictly needs.
+fn route_strictly<'a>(target: &mut Target<'a>, next: Option<&'a [u8]>, request_uri: &'a [u8]) {
+    if let Some(hop) = next
+        && Uri::parse(hop).is_some_and(|uri| !uri.is_loose())
+    {
+        target.add_route = Some(request_uri);
+        target.uri = Some(hop);
+        target.pop_routes += 1;
+    }
 }
 
 /// A backend's own request, or one of the answering side of a dialog: it goes where it says.
@@ -267,16 +275,11 @@ fn towards_address<'a>(
         target.hop = Hop::Nowhere(416, "Unsupported URI Scheme");
         return;
     };
-    if next.is_some() && !uri.is_loose() {
-        // 16.6 step 6: the next hop routes strictly.
-        target.add_route = Some(request_uri);
-        target.uri = Some(hop);
-        target.pop_routes += 1;
-    }
+    route_strictly(target, next, request_uri);
     if let Some(client) = flow {
         // The neighbour that this dialog came from is at the other end of its connection, whatever
         // its Contact says.
-        let address = uri.address().unwrap_or_else(|| SocketAddr::from(([0, 0, 0, 0], 0)));
+        let address = client.address(uri.address());
         target.hop = Hop::Flow { client, address, pin };
         return;
     }

@@ -63,6 +63,8 @@ pub(crate) struct Leg {
     pub(crate) backend: Option<BackendId>,
     pub(crate) pin: Option<Pin>,
     pub(crate) to: Endpoint,
+    /// It goes to a client over its flow, and nowhere else.
+    pub(crate) is_flow: bool,
     pub(crate) address: SocketAddr,
     #[serde(with = "strowger_contract::handover::moment")]
     pub(crate) sent_at: Instant,
@@ -263,6 +265,8 @@ pub(crate) struct Transactions {
     tickets: KeyMap<(u32, u32)>,
     buffers: Vec<Vec<u8>>,
     lists: Vec<Vec<Leg>>,
+    /// How many legs went over each client's connection.
+    flows: KeyMap<u32>,
     generation: u32,
 }
 
@@ -301,6 +305,9 @@ impl Transactions {
     /// Takes those of another process over, each in its own slot: branches name them.
     pub(crate) fn take_over(&mut self, all: Vec<(u32, Transaction)>) {
         self.keys = all.iter().map(|(slot, transaction)| (transaction.key, *slot)).collect();
+        for leg in all.iter().flat_map(|(_, transaction)| &transaction.legs) {
+            self.note_flow(leg.to);
+        }
         self.slab = all.into_iter().map(|(slot, it)| (slot as usize, it)).collect();
     }
 
@@ -366,10 +373,36 @@ impl Transactions {
             self.give_back(buffer);
         }
         for leg in transaction.legs.drain(..) {
+            self.forget_flow(leg.to);
             self.give_back(leg.sent);
         }
         if self.lists.len() < LISTS_KEPT {
             self.lists.push(transaction.legs);
+        }
+    }
+
+    /// Notes that a leg goes over a client's connection.
+    pub(crate) fn note_flow(&mut self, to: Endpoint) {
+        if let Endpoint::Client(flow) = to {
+            *self.flows.entry(flow.to_bits()).or_insert(0) += 1;
+        }
+    }
+
+    fn forget_flow(&mut self, to: Endpoint) {
+        let Endpoint::Client(flow) = to else { return };
+        if let Some(count) = self.flows.get_mut(&flow.to_bits()) {
+            *count -= 1;
+            if *count == 0 {
+                self.flows.remove(&flow.to_bits());
+            }
+        }
+    }
+
+    /// Whether anything can await an answer from `peer`: most clients that leave are owed nothing.
+    pub(crate) fn may_wait_on(&self, peer: Endpoint) -> bool {
+        match peer {
+            Endpoint::Client(flow) => self.flows.contains_key(&flow.to_bits()),
+            _ => true,
         }
     }
 

@@ -6,9 +6,9 @@ use std::net::SocketAddr;
 use strowger_contract::{Router, Token, Transport, WorkerId};
 
 use crate::branch::{Branch, decimal, hex};
+use crate::flow::{ClientFlow, Path};
 use crate::local::via_word;
 use crate::scan::{Header, Name, Scan, Span, Start};
-use crate::target::ClientFlow;
 use crate::uri::{name_addr, parameter};
 use crate::via::{Via, end_of_value};
 
@@ -28,7 +28,9 @@ pub(crate) struct Forward<'a> {
     pub(crate) call_id: u64,
     /// Our Record-Route: the next hop's side first, then the side it came from if that differs.
     pub(crate) record_route: Option<Token>,
-    /// The client's connection, that the dialog's requests go back over.
+    /// Our Path.
+    pub(crate) path: Option<Path>,
+    /// The client's flow, that the dialog's requests go back over.
     pub(crate) flow: Option<ClientFlow>,
     pub(crate) sides: [Option<(Transport, &'a [u8])>; 2],
     /// Where it came from, for the sender's Via.
@@ -60,6 +62,9 @@ impl Forward<'_> {
             for (transport, text) in self.sides.iter().flatten() {
                 self.record_route_of(&token, *transport, text, out);
             }
+        }
+        if let (Some(path), Some((transport, text))) = (self.path, self.sides[0]) {
+            path.write(transport, text, out);
         }
         if let Some(breadth) = self.breadth {
             out.extend_from_slice(b"Max-Breadth: ");

@@ -326,7 +326,10 @@ impl<P: Protocol> Batch<'_, P> {
         match to {
             Endpoint::Client(flow) => match self.state.flows.get(flow).cloned() {
                 Some(connection) => self.push(&connection, bytes),
-                None => self.state.metrics.send_failed("flow_gone"),
+                None => {
+                    self.state.metrics.send_failed("flow_gone");
+                    self.tell_sender(sender, to, CloseCause::End);
+                }
             },
             Endpoint::Backend(backend) => self.deliver_to_backend(backend, bytes, sender),
             Endpoint::Remote { transport, address } => {
@@ -348,13 +351,29 @@ impl<P: Protocol> Batch<'_, P> {
             }
             Offer::Down(cause) => {
                 self.state.metrics.send_failed("link_down");
-                let news = (Endpoint::Backend(backend), PeerChange::Closed(cause));
-                if sender == self.host.worker {
-                    self.state.news.push_back(news);
-                } else {
-                    self.post(sender, &[], |_| Mail::Peer(news.0, news.1));
-                }
+                self.tell_sender(sender, Endpoint::Backend(backend), cause);
             }
+        }
+    }
+
+    /// Tells every worker's engine of a change of a peer that no worker owns.
+    pub(super) fn tell_all(&mut self, peer: Endpoint, change: PeerChange) {
+        self.tell(peer, change);
+        for worker in 0..self.host.shared.mailboxes.len() {
+            let worker = WorkerId(worker as u8);
+            if worker != self.host.worker {
+                self.post(worker, &[], |_| Mail::Peer(peer, change));
+            }
+        }
+    }
+
+    /// Tells whoever sent something that it went nowhere.
+    fn tell_sender(&mut self, sender: WorkerId, peer: Endpoint, cause: CloseCause) {
+        let change = PeerChange::Closed(cause);
+        if sender == self.host.worker {
+            self.state.news.push_back((peer, change));
+        } else {
+            self.post(sender, &[], |_| Mail::Peer(peer, change));
         }
     }
 

@@ -245,8 +245,9 @@ impl<P: Protocol> Host<P> {
         }
     }
 
-    /// Tells the engine of what ICMP said of datagrams that it sent: at once, where a transaction's
-    /// timer would take seconds.
+    /// Tells the engines of what ICMP said of datagrams that they sent: at once, where a transaction's
+    /// timer would take seconds. Of the workers' sockets on one port the kernel picks one by the
+    /// addresses, not the one that has sent.
     pub(crate) fn unreachable(self: &Rc<Self>, port: &DatagramPort, errors: &mut Vec<SendError>) {
         let cause = |errno| match errno {
             libc::ECONNREFUSED => Some(("icmp_refused", CloseCause::Refused)),
@@ -264,7 +265,7 @@ impl<P: Protocol> Host<P> {
                 let Some((word, cause)) = cause(errno) else { continue };
                 batch.count(word);
                 let peer = Endpoint::Datagram { socket: port.index, remote };
-                batch.tell(peer, PeerChange::Closed(cause));
+                batch.tell_all(peer, PeerChange::Closed(cause));
             }
         });
     }

@@ -14,13 +14,13 @@ use super::phone::{Client, Server, answer, cut, headers, status};
 use crate::harness::{Edge, free_port};
 
 /// A client that keeps its connection.
-struct Secure {
+pub(crate) struct Secure {
     stream: StreamOwned<ClientConnection, TcpStream>,
     held: Vec<u8>,
 }
 
 impl Secure {
-    fn dial(port: u16, authority: &Path) -> Self {
+    pub(crate) fn dial(port: u16, authority: &Path) -> Self {
         let mut roots = RootCertStore::empty();
         let certificate = CertificateDer::from_pem_file(authority).expect("a certificate");
         roots.add(certificate).expect("an authority");
@@ -37,12 +37,19 @@ impl Secure {
         Self { stream: StreamOwned::new(session, socket), held: Vec::new() }
     }
 
-    fn send(&mut self, text: &str) {
+    pub(crate) fn send(&mut self, text: &str) {
         self.stream.write_all(text.as_bytes()).expect("sent");
         self.stream.flush().expect("sent");
     }
 
-    fn receive(&mut self) -> String {
+    /// The next bytes, so many.
+    pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut buffer = vec![0; count];
+        self.stream.read_exact(&mut buffer).expect("bytes come in time");
+        buffer
+    }
+
+    pub(crate) fn receive(&mut self) -> String {
         loop {
             if let Some(message) = cut(&mut self.held) {
                 return message;
@@ -54,7 +61,7 @@ impl Secure {
         }
     }
 
-    fn final_answer(&mut self) -> String {
+    pub(crate) fn final_answer(&mut self) -> String {
         loop {
             let message = self.receive();
             if status(&message) >= 200 {
@@ -65,7 +72,7 @@ impl Secure {
 }
 
 /// Writes `ca.pem`, `edge.pem` and `edge.key`.
-pub(super) fn certificates(folder: &Path) {
+pub(crate) fn certificates(folder: &Path) {
     let mut params = rcgen::CertificateParams::default();
     params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     // Names that differ: OpenSSL takes a certificate whose subject is its issuer for self-signed.

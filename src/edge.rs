@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 use strowger_contract::trace::split_key;
-use strowger_contract::{Keyer, Level, TokenKeys};
+use strowger_contract::{ClassId, Keyer, Level, TokenKeys};
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -22,8 +22,8 @@ use crate::control::config::{self, ConfigErrors, Loaded, Source};
 use crate::control::providers::Providers;
 use crate::control::registry::Registry;
 use crate::control::resolve::Names;
-use crate::control::{probes, service, watch};
-use crate::observe::{DnsMetrics, Event, Events, Metrics, Sinks};
+use crate::control::{pressure, probes, service, watch};
+use crate::observe::{BrownoutMetrics, DnsMetrics, Event, Events, Metrics, Sinks};
 use crate::protocols::Protocols;
 use crate::routing::{Core, CoreEvent, CoreSettings};
 use crate::runtime::{BindFailure, Fleet};
@@ -371,8 +371,15 @@ async fn follow_certificates(inner: Arc<Inner>) {
 
 async fn tick(inner: Arc<Inner>) {
     let mut ticks = tokio::time::interval(TICK);
+    let mut gauge = pressure::Gauge::default();
+    let mut figures = BrownoutMetrics::new(&inner.metrics);
     loop {
         ticks.tick().await;
+        inner.press(&mut gauge, &mut figures);
+        for (listener, bound) in inner.metrics.take_bites() {
+            let detail = format!("`{bound}` bites for the first time; it is counted from now on");
+            inner.events.emit(Event::engine(Level::Warn, &listener, "bound_hit", detail));
+        }
         for event in inner.core.tick(Instant::now()) {
             inner.events.emit(told(&event));
         }
@@ -462,6 +469,25 @@ impl Inner {
         }
     }
 
+    /// What the node has of itself, and what it gives up or takes back because of it.
+    fn press(&self, gauge: &mut pressure::Gauge, figures: &mut BrownoutMetrics) {
+        let now = Instant::now();
+        let seen = gauge.read(now, self.metrics.take_worst_lag());
+        if let Some(step) = self.core.press(now, seen) {
+            figures.stepped(step);
+            let level = if step.to > step.from { Level::Warn } else { Level::Info };
+            let detail = format!(
+                "from step {} to {} of 5; {} is at {} % of what counts as full",
+                step.from, step.to, step.resource, step.percent
+            );
+            self.events.emit(Event::node(level, "brownout_step", detail));
+        }
+        let snapshot = self.core.snapshot();
+        figures.show(&self.core.brownout_view(), |class| {
+            snapshot.class_name(ClassId(class as u8)).to_owned()
+        });
+    }
+
     fn refresh_certificates(&self) {
         let store = Arc::clone(self.fleet().tls());
         for (files, result) in store.refresh() {
@@ -521,6 +547,7 @@ impl Inner {
         }
         self.registry.set_lease(loaded.registry.lease);
         self.names.configure(&loaded.dns);
+        self.core.set_brownout(loaded.brownout);
         let merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut spec = loaded.spec.clone();
         self.registry.merge(&mut spec, self.core.pool_names());
@@ -657,6 +684,7 @@ impl AdminBackend for Inner {
             "workers": self.workers,
             "uptime": strowger_contract::duration::format(up),
             "draining": self.core.is_draining(),
+            "brownout": self.core.brownout_view(),
             "listeners": listeners,
         })
     }

@@ -3,6 +3,7 @@
 
 pub mod admin;
 pub mod config;
+pub mod pressure;
 pub mod probes;
 pub mod providers;
 pub mod registry;

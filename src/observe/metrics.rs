@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use strowger_contract::{
     AttemptOutcome, BackendId, ClassId, CloseCause, Note, RequestOutcome, WorkerId,
 };
 
+use super::bounds::Bites;
 use crate::routing::{PoolView, SessionsView};
 
 /// Seconds: from what a relay takes to what a SIP transaction may.
@@ -49,6 +51,9 @@ pub struct Metrics {
     reload_success: IntGauge,
     reload_time: Gauge,
     lag: HistogramVec,
+    /// The worst since it was last asked for, in microseconds.
+    worst_lag: Arc<AtomicU64>,
+    bites: Arc<Bites>,
     panics: IntCounterVec,
     events: IntCounterVec,
     registrations: IntCounterVec,
@@ -114,7 +119,7 @@ pub(super) fn histogram(
 }
 
 /// Names and labels are constants of this file; a wrong one fails the first test that runs.
-fn register<C: prometheus::core::Collector + Clone + 'static>(
+pub(super) fn register<C: prometheus::core::Collector + Clone + 'static>(
     registry: &Registry,
     family: prometheus::Result<C>,
 ) -> C {
@@ -276,6 +281,8 @@ impl Metrics {
                     "When the last good one was, since 1970",
                 ),
             ),
+            worst_lag: Arc::default(),
+            bites: Arc::default(),
             lag: histogram(
                 &registry,
                 "strowger_worker_lag_seconds",
@@ -354,6 +361,7 @@ impl Metrics {
         };
         ListenerMetrics {
             name: name.to_owned(),
+            bites: Arc::clone(&self.bites),
             received: both(&families.messages, "in"),
             received_bytes: both(&families.bytes, "in"),
             sent: both(&families.messages, "out"),
@@ -368,20 +376,32 @@ impl Metrics {
             seconds: families.seconds.clone(),
             backend_seconds: families.backend_seconds.clone(),
             refusals: families.refusals.clone(),
-            drops: Words::new(&families.drops),
-            retries: Words::new(&families.retries),
-            counts: Words::new(&families.counts),
+            drops: Words::new(&families.drops, &self.bites),
+            retries: Words::new(&families.retries, &self.bites),
+            counts: Words::new(&families.counts, &self.bites),
             answers: families.answers.clone(),
             attempts: families.attempts.clone(),
             post_dial: families.post_dial.clone(),
             answer_handles: HashMap::new(),
             attempt_handles: HashMap::new(),
             post_dial_handles: HashMap::new(),
-            closed: Words::new(&families.closed),
-            send_failures: Words::new(&families.send_failures),
+            closed: Words::new(&families.closed, &self.bites),
+            send_failures: Words::new(&families.send_failures, &self.bites),
             classes: HashMap::new(),
             pools: HashMap::new(),
         }
+    }
+
+    /// Bounds that bit for the first time since this was last asked: (listener, bound).
+    #[must_use]
+    pub fn take_bites(&self) -> Vec<(String, &'static str)> {
+        self.bites.take()
+    }
+
+    /// The latest that any worker came to what it wanted to do since this was last asked.
+    #[must_use]
+    pub fn take_worst_lag(&self) -> Duration {
+        Duration::from_micros(self.worst_lag.swap(0, Ordering::Relaxed))
     }
 
     /// The handles of a worker.
@@ -390,6 +410,7 @@ impl Metrics {
         let label = worker.0.to_string();
         WorkerMetrics {
             lag: self.lag.with_label_values(&[&label]),
+            worst_lag: Arc::clone(&self.worst_lag),
             panics: self.panics.with_label_values(&[&label]),
         }
     }
@@ -613,12 +634,13 @@ fn place(backend: Option<BackendId>, names: &dyn NameView) -> (&str, &str) {
 /// Counters by words of the source, resolved when first used.
 struct Words {
     family: IntCounterVec,
+    bites: Arc<Bites>,
     known: Vec<(&'static str, IntCounter)>,
 }
 
 impl Words {
-    fn new(family: &IntCounterVec) -> Self {
-        Self { family: family.clone(), known: Vec::new() }
+    fn new(family: &IntCounterVec, bites: &Arc<Bites>) -> Self {
+        Self { family: family.clone(), bites: Arc::clone(bites), known: Vec::new() }
     }
 
     fn count(&mut self, listener: &str, word: &'static str) {
@@ -627,6 +649,7 @@ impl Words {
         if let Some((_, counter)) = known {
             return counter.inc();
         }
+        self.bites.counted(listener, word);
         let word = if self.known.len() < WORDS_MAX { word } else { "other" };
         let counter = self.family.with_label_values(&[listener, word]);
         counter.inc();
@@ -646,6 +669,7 @@ struct ClassHandles {
 /// The handles of one listener on one worker.
 pub struct ListenerMetrics {
     name: String,
+    bites: Arc<Bites>,
     received: IntCounter,
     received_bytes: IntCounter,
     sent: IntCounter,
@@ -806,6 +830,7 @@ impl ListenerMetrics {
     /// A client's connection was over the limit.
     pub fn connection_rejected(&self) {
         self.rejected.inc();
+        self.bites.bite(&self.name, "limits.connections");
     }
 
     /// Items went to other workers.
@@ -816,6 +841,7 @@ impl ListenerMetrics {
     /// Items for other workers found their mailbox full.
     pub fn hand_over_dropped(&self, count: u64) {
         self.hand_over_dropped.inc_by(count);
+        self.bites.bite(&self.name, "a worker's mailbox (MAILBOX_BYTES_MAX, MAILBOX_ITEMS_MAX)");
     }
 
     /// A message could not be sent.
@@ -843,6 +869,7 @@ impl ListenerMetrics {
 #[derive(Clone)]
 pub struct WorkerMetrics {
     lag: Histogram,
+    worst_lag: Arc<AtomicU64>,
     panics: IntCounter,
 }
 
@@ -850,6 +877,8 @@ impl WorkerMetrics {
     /// The worker came so late to its timer.
     pub fn loop_lag(&self, lag: Duration) {
         self.lag.observe(lag.as_secs_f64());
+        let us = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
+        self.worst_lag.fetch_max(us, Ordering::Relaxed);
     }
 
     /// The worker panicked.

@@ -1,5 +1,7 @@
 //! What operators see: metrics, events, logs.
 
+mod bounds;
+mod brownout;
 mod calls;
 mod dns;
 mod events;
@@ -12,6 +14,7 @@ mod sinks;
 mod tap;
 mod traces;
 
+pub use brownout::BrownoutMetrics;
 pub use calls::{Calls, CdrSettings, Told};
 pub use dns::DnsMetrics;
 pub use events::{Event, Events, Subscription};

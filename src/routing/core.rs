@@ -11,6 +11,7 @@ use strowger_contract::{
 };
 
 use super::bindings::BindingTable;
+use super::brownout::Brownout;
 use super::changes::{Changes, Identity, present};
 use super::events::{CoreEvent, Happening, Plan};
 use super::flows::FlowNames;
@@ -57,11 +58,14 @@ pub struct Core {
     table: SessionTable,
     bindings: OnceLock<BindingTable>,
     peers: Peers,
+    brownout: Brownout,
     flows: FlowNames,
     draining: AtomicBool,
     changes: Mutex<Changes>,
     events: Mutex<Vec<CoreEvent>>,
-    events_lost: AtomicU32,
+    pub(super) events_lost: AtomicU32,
+    /// Bounds of the node that have bitten, by bit.
+    pub(super) bitten: AtomicU32,
     lives: ArcSwap<HashMap<BackendId, Arc<BackendLive>>>,
 }
 
@@ -84,11 +88,13 @@ impl Core {
             table: SessionTable::new(settings.sessions_max),
             bindings: OnceLock::new(),
             peers: Peers::default(),
+            brownout: Brownout::default(),
             flows: FlowNames::default(),
             draining: AtomicBool::new(false),
             changes: Mutex::default(),
             events: Mutex::default(),
             events_lost: AtomicU32::new(0),
+            bitten: AtomicU32::new(0),
             lives: ArcSwap::default(),
             settings,
         })
@@ -162,6 +168,10 @@ impl Core {
         self.bindings.get()
     }
 
+    pub(super) fn brownout(&self) -> &Brownout {
+        &self.brownout
+    }
+
     pub(super) fn peers(&self) -> &Peers {
         &self.peers
     }
@@ -202,7 +212,7 @@ impl Core {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell(&self, event: CoreEvent) {
+    pub(super) fn tell(&self, event: CoreEvent) {
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         if events.len() < EVENTS_MAX {
             events.push(event);
@@ -344,6 +354,10 @@ impl Core {
             pool.review_slots(clock);
             pool.live.qos.review(clock);
             self.serve_pool(now, pool);
+            if pool.live.qos.urgent_bites_first() {
+                let bound = "carried deadlines of a tier (URGENT_MAX)";
+                self.tell_pool(pool, Happening::BoundHit { bound });
+            }
             if let Some(on) = pool.review_panic(clock) {
                 self.tell(CoreEvent::of(
                     &snapshot_name(pool, self),
@@ -352,6 +366,7 @@ impl Core {
                 ));
             }
         }
+        self.tell_node_bounds();
         let mut changes = self.changes();
         if changes.forget_left(clock) {
             self.rebuild(&mut changes, clock);

@@ -75,7 +75,7 @@ pub enum Happening {
     RequestRefused {
         /// Its class.
         class: String,
-        /// `enqueue` or `dequeue`.
+        /// `arrival`, `brownout`, `enqueue` or `dequeue`.
         stage: &'static str,
         /// Why.
         why: &'static str,

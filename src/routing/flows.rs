@@ -1,6 +1,8 @@
 //! Names of clients' flows, so that any worker can find the one that a backend asks for.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use strowger_contract::FlowId;
@@ -14,11 +16,15 @@ const NAMES_PER_SHARD: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct FlowNames {
     shards: Vec<Mutex<HashMap<u64, FlowId>>>,
+    full: AtomicBool,
 }
 
 impl Default for FlowNames {
     fn default() -> Self {
-        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect() }
+        Self {
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            full: AtomicBool::new(false),
+        }
     }
 }
 
@@ -31,10 +37,16 @@ impl FlowNames {
     pub(super) fn insert(&self, name: u64, flow: FlowId) -> bool {
         let mut shard = self.shard(name);
         if shard.len() >= NAMES_PER_SHARD && !shard.contains_key(&name) {
+            self.full.store(true, Relaxed);
             return false;
         }
         shard.insert(name, flow);
         true
+    }
+
+    /// Whether some name found no room.
+    pub(super) fn was_full(&self) -> bool {
+        self.full.load(Relaxed)
     }
 
     /// The flow of a name.

@@ -10,6 +10,8 @@
 //! | `router` | the decision |
 //! | `slots` | a slot, a wait, or a refusal |
 //! | `balance` | the published formulas |
+//! | `bounds` | the first time that one of the node's bounds bites |
+//! | `brownout` | what the node gives up when it is short of itself |
 //! | `qos` | who waits, who is let in, what a backend may have |
 //! | `table` | sessions without a token |
 //! | `bindings` | subscribers, by each of their names |
@@ -21,6 +23,8 @@
 
 mod balance;
 mod bindings;
+mod bounds;
+mod brownout;
 mod changes;
 mod core;
 mod events;
@@ -40,6 +44,7 @@ mod view;
 
 pub use balance::{MAGLEV_FROM, Maglev, is_in_share, rendezvous_score};
 pub use bindings::{BYTES_PER_BINDING, BindingTable, BindingTotals};
+pub use brownout::{BrownoutSpec, BrownoutView, Pressure, Step};
 pub use core::{Core, CoreSettings, NotFound};
 pub use events::{CoreEvent, Happening, Plan};
 pub use live::{BackendLive, CAPABILITIES_MAX};

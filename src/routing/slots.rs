@@ -357,7 +357,10 @@ impl CoreRouter {
             super::qos::No::Predicted => "the wait would be too long",
             super::qos::No::Full => {
                 if pool.live.qos.bites_first(BOUND_LANE) {
-                    self.core.tell_pool(pool, Happening::BoundHit { bound: "queue_max" });
+                    let fifo = pool.spec.qos.policy == Policy::Fifo;
+                    let bound =
+                        if fifo { "requests that wait in FIFO (FIFO_MAX)" } else { "queue_max" };
+                    self.core.tell_pool(pool, Happening::BoundHit { bound });
                 }
                 "too many of its class wait"
             }
@@ -366,6 +369,34 @@ impl CoreRouter {
         let budget = entry.waiter.deadline.saturating_sub(entry.waiter.since);
         self.core.log_refusal(&self.snapshot, pool, query.class, "enqueue", why, predicted, budget);
         Verdict::Refuse(self.overloaded())
+    }
+
+    /// Whether the brown-out ladder gives the request up; it is then counted and logged.
+    pub(super) fn is_given_up(&mut self, query: &Query<'_>) -> bool {
+        let class = self.snapshot.class(query.class);
+        let is_kept = query.in_session
+            || query.class == ClassId::CONTROL
+            || class.is_some_and(|class| class.deadline.is_none());
+        let (tier, roll) = (class.map_or(3, |class| class.tier), self.dice.roll());
+        if is_kept || !self.core.brownout().refuses(tier, roll) {
+            return false;
+        }
+        self.core.brownout().count(query.class);
+        if let Some(pool) = self.snapshot.pool(query.pool) {
+            let why = "the node is short of itself";
+            let budget = class.and_then(|class| class.deadline).unwrap_or_default();
+            let budget = budget.as_micros() as u64;
+            self.core.log_refusal(&self.snapshot, pool, query.class, "brownout", why, 0, budget);
+        }
+        true
+    }
+
+    /// The request's time was over when it came.
+    pub(super) fn log_late(&self, pool: Option<&Arc<Pool>>, query: &Query<'_>) {
+        if let Some(pool) = pool {
+            let why = "its time was over when it came";
+            self.core.log_refusal(&self.snapshot, pool, query.class, "arrival", why, 0, 0);
+        }
     }
 
     /// Nothing more is heard of the ticket.

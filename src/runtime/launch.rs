@@ -192,6 +192,7 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     guard(&broken, spawn(&host, Rc::clone(&host).keep_time()));
     guard(&broken, spawn(&host, read_mail(Rc::clone(&host))));
     guard(&broken, spawn(&host, Rc::clone(&host).take_grants()));
+    guard(&broken, spawn(&host, Rc::clone(&host).follow_brownout()));
     if P::LINKS == Links::Single {
         guard(&broken, spawn(&host, keep_links(Rc::clone(&host))));
     }
@@ -336,9 +337,9 @@ async fn accept_unix<P: Protocol>(host: Rc<Host<P>>, listener: UnixListener, loc
     }
 }
 
-/// Waits while the engine wants no further connections; the kernel's queue holds them meanwhile.
+/// Waits while the engine or the node wants no further connections; the kernel's queue holds them meanwhile.
 async fn saturated<P: Protocol>(host: &Rc<Host<P>>) {
-    while host.state().engine.is_saturated() {
+    while host.state().engine.is_saturated() || host.shared.core.stops_accepting() {
         tokio::time::sleep(SATURATED_PAUSE).await;
     }
 }

@@ -236,7 +236,7 @@ impl<P: Protocol> Relay<P> {
     fn silence(&self) -> Option<Duration> {
         let half = self.up.ended || self.down.ended;
         let limit = if half && !self.half_closed.is_zero() { self.half_closed } else { self.idle };
-        (!limit.is_zero()).then_some(limit)
+        (!limit.is_zero()).then(|| self.host.shared.core.idle(limit))
     }
 
     fn turn(&mut self) -> io::Result<()> {

@@ -268,6 +268,7 @@ pub(crate) async fn serve<P: Protocol>(
             (_, false) => Interest::READABLE,
         };
         let watch = reading || queued > 0;
+        let idle = host.shared.core.idle(idle);
         let deadline = match closing_since {
             Some(since) => Some(since + LINGER),
             None => reader.deadline(idle),

@@ -129,7 +129,7 @@ fn the_rules_for_prometheus_say_what_they_should() {
     let rules = std::fs::read_to_string(format!("{folder}/rules.yml")).expect("rules");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/observe");
     let read = |name: &str| std::fs::read_to_string(format!("{source}/{name}")).expect("a source");
-    let known = read("metrics.rs") + &read("qos.rs");
+    let known = read("metrics.rs") + &read("qos.rs") + &read("brownout.rs");
     let names = rules.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     for name in names.filter(|name| name.starts_with("strowger_")) {
         let family = name.trim_end_matches("_bucket");

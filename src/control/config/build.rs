@@ -13,11 +13,11 @@ use super::node::{AdminSettings, NodeSettings, RegistrySettings, admin, node, re
 use super::pools::{RawPool, dns as dns_of, pool};
 use super::read::{Reader, join};
 use super::tree::{Kind, Node};
-use super::{Source, classes, dns, exports, providers};
+use super::{Source, brownout, classes, dns, exports, providers};
 use crate::control::providers::ProviderSettings;
 use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
-use crate::routing::{PoolNames, SnapshotSpec};
+use crate::routing::{BrownoutSpec, PoolNames, SnapshotSpec};
 
 /// Pools and listeners, at most: each has its metrics.
 const POOLS_MAX: usize = 4_096;
@@ -40,6 +40,8 @@ pub struct Loaded {
     pub registry: RegistrySettings,
     /// Who tells of instances besides.
     pub providers: ProviderSettings,
+    /// When the node gives things up because it is short of itself.
+    pub brownout: BrownoutSpec,
     /// How names are looked up.
     pub dns: DnsSettings,
     /// Further directories to read and watch.
@@ -74,7 +76,7 @@ impl<'a> Build<'a> {
 
     /// Reads one file.
     pub(super) fn read(&mut self, reader: &mut Reader, tree: &Node) {
-        const KEYS: [&str; 12] = [
+        const KEYS: [&str; 13] = [
             "version",
             "node",
             "admin",
@@ -87,6 +89,7 @@ impl<'a> Build<'a> {
             "hep",
             "dns",
             "providers",
+            "brownout",
         ];
         let Some(fields) = reader.fields(tree, "", &KEYS) else { return };
         if let Some(version) = fields.get("version")
@@ -94,7 +97,7 @@ impl<'a> Build<'a> {
         {
             reader.wrong(version, "version", "this release reads version 1");
         }
-        for key in ["node", "admin", "registry", "cdr", "hep", "dns", "providers"] {
+        for key in ["node", "admin", "registry", "cdr", "hep", "dns", "providers", "brownout"] {
             if let Some(node) = fields.get(key) {
                 self.once(reader, key, node);
             }
@@ -116,6 +119,9 @@ impl<'a> Build<'a> {
         }
         if let Some(tree) = fields.get("providers") {
             self.loaded.providers.cloud_foundry = providers::providers(reader, tree).cloud_foundry;
+        }
+        if let Some(tree) = fields.get("brownout") {
+            brownout::brownout(reader, tree, &mut self.loaded.brownout);
         }
         if let Some(tree) = fields.get("dns") {
             dns::dns(reader, tree, &mut self.loaded.dns);

@@ -15,7 +15,9 @@ use super::tree::{self, Node, Step};
 use crate::control::providers::{CloudFoundrySettings, DnsPoolSettings, ProviderSettings};
 use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
-use crate::routing::{BackendSpec, ListenerSpec, PoolSpec, TlsClientSpec, TlsServerSpec};
+use crate::routing::{
+    BackendSpec, BrownoutSpec, ListenerSpec, PoolSpec, TlsClientSpec, TlsServerSpec,
+};
 
 /// Where the notes begin, if the values leave room.
 const NOTE_COLUMN: usize = 56;
@@ -95,6 +97,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
         ),
         ("dns", dns(&loaded.dns)),
         ("providers", providers(&loaded.providers)),
+        ("brownout", brownout(&loaded.brownout)),
         ("cdr", loaded.cdr.as_ref().map_or_else(null, cdr)),
         ("hep", loaded.hep.as_ref().map_or_else(null, hep)),
         ("watch", Shown::List(watched)),
@@ -103,6 +106,16 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
         ("pools", Shown::Map(pools.collect())),
     ];
     values.map(|(key, value)| (key.to_owned(), value)).into()
+}
+
+fn brownout(spec: &BrownoutSpec) -> Shown {
+    map([
+        ("enabled", Shown::Plain(spec.enabled.to_string())),
+        ("loop_lag", time(spec.loop_lag)),
+        ("memory", number(spec.memory)),
+        ("descriptors", number(spec.descriptors)),
+        ("hysteresis", time(spec.hysteresis)),
+    ])
 }
 
 fn dns(dns: &DnsSettings) -> Shown {

@@ -8,6 +8,7 @@
 //! | `permissions` | tokens of the admin API and what each may do |
 //! | `node`, `classes`, `pools`, `listeners`, `endpoint` | its parts |
 //! | `dns` | name servers |
+//! | `brownout` | when the node gives things up |
 //! | `exports` | call records and HEP |
 //! | `providers` | who tells of instances besides |
 //! | `tls` | certificates, keys, authorities |
@@ -15,6 +16,7 @@
 //! | `schema` | the JSON schema |
 //! | `explain` | effective values and where they come from |
 
+mod brownout;
 mod build;
 mod classes;
 mod configure;

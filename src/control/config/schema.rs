@@ -68,6 +68,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
             "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30), "bindings_max": number(1_024, 1 << 28) })),
             "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] }, "permissions_file": { "type": ["string", "null"] }, "tls": server_tls(&duration) })),
             "registry": map(json!({ "state_file": { "type": ["string", "null"] }, "lease": duration })),
+            "brownout": map(json!({ "enabled": { "type": "boolean" }, "loop_lag": duration, "memory": number(1, 100), "descriptors": number(1, 100), "hysteresis": duration })),
             "dns": map(json!({ "servers": { "type": "array", "maxItems": 8, "items": { "type": "string" } }, "query_timeout": duration, "timeout": duration, "cache": number(16, 1_000_000), "concurrent": number(1, 4_096), "ttl_max": duration, "stale": duration })),
             "providers": map(json!({ "cloud_foundry": { "type": "object", "additionalProperties": false, "required": ["servers"], "properties": {
                 "servers": { "type": "array", "minItems": 1, "maxItems": 32, "items": { "type": "string", "pattern": "^(nats|tls)://" } },

@@ -134,6 +134,12 @@ impl PoolQos {
             && self.bitten.fetch_or(1 << bound, Relaxed) & 1 << bound == 0
     }
 
+    /// Whether a heap of carried deadlines was full for the first time since the start.
+    pub(in crate::routing) fn urgent_bites_first(&self) -> bool {
+        const BOUND_URGENT: u32 = 2;
+        self.is_busy() && self.lock().lanes.urgent_full > 0 && self.bites_first(BOUND_URGENT)
+    }
+
     /// Once per tick of the core.
     pub(in crate::routing) fn review(&self, now_ms: u64) {
         self.answers.review();
@@ -148,13 +154,19 @@ impl PoolQos {
         let Waiter { tier, order, deadline, since, backend, .. } = entry.waiter;
         let slots = self.slots.load(Relaxed).max(1);
         let (common, own) = inner.lanes.ahead(tier, order, backend);
+        // Nobody comes before tier 0 later on, so what is ahead of it is all there is: there the sum is
+        // not doubled. A wrong no would break a promise for certain, a wrong yes breaks it seldom.
+        let sum_of = |count| match tier {
+            0 => self.holds.likely_sum_of(count),
+            _ => self.holds.sum_of(count),
+        };
         let turns = match backend {
-            None => self.holds.sum_of(f64::from(common + 1)) / f64::from(slots),
+            None => sum_of(f64::from(common + 1)) / f64::from(slots),
             Some(_) => {
                 // Its backend's share of what all may take, and what only it may take.
                 let own_slots = f64::from(entry.own_slots.max(1));
                 let share = f64::from(common) * (own_slots / f64::from(slots)).min(1.0);
-                self.holds.sum_of(share + f64::from(own + 1)) / own_slots
+                sum_of(share + f64::from(own + 1)) / own_slots
             }
         };
         let budget = deadline.saturating_sub(since);
@@ -234,7 +246,6 @@ impl PoolQos {
             let limit = backend.limit().unwrap_or(u32::MAX);
             let open = open && backend.live.in_flight().saturating_add(held) <= limit;
             let can = |capability| backend.live.can(capability);
-            let late = if wanted.fifo { 0 } else { now_us + self.answers.p50() };
             let next = loop {
                 let Some((waiter, inverted)) =
                     inner.lanes.next(backend.id, open, can, wanted.shares)
@@ -242,7 +253,8 @@ impl PoolQos {
                     break None;
                 };
                 self.renounce();
-                if waiter.deadline >= late {
+                let needs = if wanted.fifo { 0 } else { self.needs(inner, &waiter) };
+                if waiter.deadline >= now_us + needs {
                     inner.inversions += u64::from(inverted);
                     break Some(waiter);
                 }
@@ -265,6 +277,18 @@ impl PoolQos {
             };
             settled.push(Settlement { waiter, settled: Settled::Granted(route) });
         }
+    }
+
+    /// What must be left of a budget for a slot to be given to it. While others wait, a lower tier's
+    /// request with so little left that a long service would be in vain makes room for one with more:
+    /// as many are served, and fewer in vain.
+    fn needs(&self, inner: &Inner, waiter: &Waiter) -> u64 {
+        let half = self.answers.p50();
+        if waiter.tier == 0 || inner.lanes.is_empty() {
+            return half;
+        }
+        let budget = waiter.deadline.saturating_sub(waiter.since);
+        half.max(self.answers.p95().min(budget / 2))
     }
 
     /// Refuses those whose time is up; when the next one's is, in microseconds.

@@ -23,6 +23,7 @@ pub(in crate::routing) struct ServiceTimes {
     sum_us: AtomicU64,
     p50_us: AtomicU64,
     p90_us: AtomicU64,
+    p95_us: AtomicU64,
     mean_us: AtomicU64,
     deviation_us: AtomicU64,
 }
@@ -35,6 +36,7 @@ impl Default for ServiceTimes {
             sum_us: AtomicU64::new(0),
             p50_us: AtomicU64::new(0),
             p90_us: AtomicU64::new(0),
+            p95_us: AtomicU64::new(0),
             mean_us: AtomicU64::new(0),
             deviation_us: AtomicU64::new(0),
         }
@@ -85,6 +87,7 @@ impl ServiceTimes {
         };
         self.p50_us.store(quantile(500), Relaxed);
         self.p90_us.store(quantile(900), Relaxed);
+        self.p95_us.store(quantile(950), Relaxed);
         let known = self.total.load(Relaxed).max(1);
         let mean = self.sum_us.load(Relaxed) as f64 / self.total.load(Relaxed).max(1) as f64;
         let squares = counts
@@ -111,6 +114,17 @@ impl ServiceTimes {
 
     pub(in crate::routing) fn p90(&self) -> u64 {
         self.p90_us.load(Relaxed)
+    }
+
+    pub(in crate::routing) fn p95(&self) -> u64 {
+        self.p95_us.load(Relaxed)
+    }
+
+    /// What so many of them take one after the other, so that nine times in ten it is less, if they
+    /// are as those before were.
+    pub(in crate::routing) fn likely_sum_of(&self, count: f64) -> f64 {
+        let (mean, deviation) = (self.mean() as f64, self.deviation_us.load(Relaxed) as f64);
+        (count * self.p90() as f64).min(count * mean + 1.28 * deviation * count.sqrt())
     }
 
     /// What so many of them take one after the other, so that nine times in ten it is less: the sum

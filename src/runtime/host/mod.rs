@@ -458,6 +458,21 @@ impl<P: Protocol> Host<P> {
         }
     }
 
+    /// Has all connections look at their idle timeouts anew when a step of the brown-out ladder
+    /// shrinks them. Never ends.
+    pub(crate) async fn follow_brownout(self: Rc<Self>) {
+        const EVERY: std::time::Duration = std::time::Duration::from_millis(500);
+        let mut step = 0;
+        loop {
+            tokio::time::sleep(EVERY).await;
+            let now = self.shared.core.brownout_step();
+            if now > step {
+                self.kick_all();
+            }
+            step = now;
+        }
+    }
+
     /// Has all connections look again whether they are to go on.
     pub(crate) fn kick_all(&self) {
         for connection in self.cell.borrow().flows.all() {

@@ -28,6 +28,9 @@ const EVENTS_WAITING: usize = 64;
 
 const PAGE: &str = include_str!("status.html");
 
+/// Live calls, traces and the ladder of one.
+const CALLS: &str = include_str!("calls.html");
+
 pub(super) struct Shared {
     pub(super) backend: Arc<dyn AdminBackend>,
     token: Option<String>,
@@ -49,7 +52,8 @@ pub(super) fn router(
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .route("/", get(page))
+        .route("/", get(|| async { page(PAGE) }))
+        .route("/calls", get(|| async { page(CALLS) }))
         .route("/api/v1/status", get(status))
         .route("/api/v1/config", get(config).put(put_config))
         .route("/api/v1/pools", get(pools))
@@ -229,14 +233,14 @@ async fn metrics(State(shared): App) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
-async fn page() -> Response {
+fn page(text: &'static str) -> Response {
     let policy = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'";
     (
         [
             (header::CONTENT_TYPE, "text/html; charset=utf-8"),
             (header::CONTENT_SECURITY_POLICY, policy),
         ],
-        PAGE,
+        text,
     )
         .into_response()
 }

@@ -89,6 +89,12 @@ fn a_trace_holds_one_users_messages_and_tshark_reads_it() {
         })
         .collect();
     assert_eq!(plain, [one("wanted-UDP"), one("wanted-TCP")].concat());
+    // From where one stopped reading on, as the page does.
+    let rest = edge.json("/api/v1/traces/1?after=6")["ladder"].clone();
+    assert_eq!((rest.as_array().map(Vec::len), &rest[0]["number"]), (Some(2), &6.into()));
+    assert_eq!(edge.get("/api/v1/traces/7").expect("an answer").0, 404);
+    let (code, page) = edge.get("/calls").expect("an answer");
+    assert!(code == 200 && page.contains("api/v1/") && page.contains("Ladder"), "{page}");
     // Ended by hand: nothing more comes in, what there is stays.
     assert_eq!(http(edge.admin, "DELETE", "/api/v1/traces/1", "").expect("an answer").0, 204);
     let mut client = Client::udp(at);

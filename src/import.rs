@@ -298,14 +298,17 @@ fn pool(out: &mut String, set: i64, list: &[Destination], algorithm: u32) {
     if probed {
         line("    health: { probe: sip-options }".into());
     }
-    // With Kamailio the largest number comes first, with us the smallest.
-    let mut priorities: Vec<i64> = list.iter().map(|entry| entry.priority).collect();
-    priorities.sort_unstable_by(|one, two| two.cmp(one));
-    priorities.dedup();
+    let ranks = ranks(list, algorithm);
+    if ranks.is_empty() && list.iter().any(|entry| entry.priority != list[0].priority) {
+        // Here they would make groups, of which only the first gets anything.
+        line(format!("    #! priorities only order the list with algorithm {algorithm}: left out"));
+    }
+    let weights = weights(list, algorithm);
     let (mut ids, mut places) = (HashSet::new(), HashMap::new());
     let mut any = false;
-    for entry in list {
-        for note in notes(entry, algorithm, probed) {
+    for (at, entry) in list.iter().enumerate() {
+        let (weight, odd) = weights[at].clone();
+        for note in notes(entry, algorithm, probed).into_iter().chain(odd) {
             if !any {
                 // A comment needs a list to stand in.
                 line("    backends:".into());
@@ -317,7 +320,7 @@ fn pool(out: &mut String, set: i64, list: &[Destination], algorithm: u32) {
             line("    backends:".into());
             any = true;
         }
-        let rank = priorities.iter().position(|priority| *priority == entry.priority).unwrap_or(0);
+        let rank = ranks.get(at).copied().unwrap_or(0);
         match &entry.place {
             Err(why) => line(format!(
                 "      #! line {}: {} is left out: {why}",
@@ -334,7 +337,7 @@ fn pool(out: &mut String, set: i64, list: &[Destination], algorithm: u32) {
             }
             Ok((transport, address)) => {
                 places.insert((*transport, *address), entry.line);
-                line(backend(entry, *transport, *address, rank, algorithm, &mut ids));
+                line(backend(entry, (*transport, *address), rank, weight, &mut ids));
             }
         }
     }
@@ -343,16 +346,88 @@ fn pool(out: &mut String, set: i64, list: &[Destination], algorithm: u32) {
     }
 }
 
+/// Which priority group each is in, from 0 on; empty where priorities make no groups.
+///
+/// With Kamailio the largest number comes first, with us the smallest.
+fn ranks(list: &[Destination], algorithm: u32) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..list.len()).collect();
+    order.sort_by_key(|&at| (std::cmp::Reverse(list[at].priority), at));
+    let mut ranks = vec![0; list.len()];
+    match algorithm {
+        0..=7 | 9..=12 | 64 => return Vec::new(),
+        // Groups of one priority: 13 and 14 take turns in the first one, 15 draws by weight.
+        13..=15 => {
+            let mut group = 0;
+            for pair in order.windows(2) {
+                group += usize::from(list[pair[0]].priority != list[pair[1]].priority);
+                ranks[pair[1]] = group;
+            }
+        }
+        // One after the other; the file's order decides between equals.
+        _ => order.iter().enumerate().for_each(|(rank, &at)| ranks[at] = rank),
+    }
+    ranks
+}
+
+/// The weight of each and what is odd about it. `None`: none is written, and all are alike.
+fn weights(list: &[Destination], algorithm: u32) -> Vec<(Option<u16>, Option<String>)> {
+    let given = |entry: &Destination, name: &str| {
+        attr(entry, name).and_then(|text| text.parse::<u16>().ok())
+    };
+    let mut out = vec![(None, None); list.len()];
+    match algorithm {
+        // A table of 100 places, filled from the first on.
+        9 => {
+            let mut order: Vec<usize> = (0..list.len()).collect();
+            order.sort_by_key(|&at| (std::cmp::Reverse(list[at].priority), at));
+            let mut left = 100;
+            for &at in &order {
+                let wanted = given(&list[at], "weight").filter(|weight| *weight <= 100);
+                let weight = wanted.unwrap_or(0).min(left);
+                left -= weight;
+                let odd = (weight == 0 || wanted != Some(weight)).then(|| {
+                    "algorithm 9 gives it only what is left of 100, and nothing without a weight of 1 to 100"
+                        .to_owned()
+                });
+                out[at] = (Some(weight), odd);
+            }
+            if let Some(&last) = order.last().filter(|_| left > 0) {
+                let weight = out[last].0.unwrap_or(0) + left;
+                let odd = format!(
+                    "the weights' sum is {}: algorithm 9 gives the rest to the last one",
+                    100 - left
+                );
+                out[last] = (Some(weight), Some(odd));
+            }
+        }
+        11 => {
+            for (at, entry) in list.iter().enumerate() {
+                let weight = given(entry, "rweight").filter(|weight| (1..=100).contains(weight));
+                let odd = weight
+                    .is_none()
+                    .then(|| "algorithm 11 gives nothing without a rweight of 1 to 100".to_owned());
+                out[at] = (Some(weight.unwrap_or(0)), odd);
+            }
+        }
+        15 => {
+            for (at, entry) in list.iter().enumerate() {
+                out[at].0 = given(entry, "weight");
+            }
+        }
+        _ => {}
+    }
+    out
+}
+
 fn attr<'a>(entry: &'a Destination, name: &str) -> Option<&'a str> {
     entry.attrs.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
 }
 
 fn backend(
     entry: &Destination,
-    transport: Transport,
-    address: SocketAddr,
+    (transport, address): (Transport, SocketAddr),
     rank: usize,
-    algorithm: u32,
+    weight: Option<u16>,
     ids: &mut HashSet<String>,
 ) -> String {
     let wanted = attr(entry, "duid").filter(|id| !id.is_empty());
@@ -374,8 +449,7 @@ fn backend(
     }
     let mut text =
         format!("      - {{ id: \"{id}\", address: \"{}://{address}\"", transport.scheme());
-    let weight = if algorithm == 11 { attr(entry, "rweight") } else { attr(entry, "weight") };
-    if let Some(weight) = weight.and_then(|weight| weight.parse::<u16>().ok()) {
+    if let Some(weight) = weight {
         let _ok = write!(text, ", weight: {weight}");
     }
     if rank > 0 {
@@ -420,7 +494,7 @@ fn notes(entry: &Destination, algorithm: u32, probed: bool) -> Vec<String> {
         }
         let why = match name.as_str() {
             "duid" if !value.is_empty() => continue,
-            "weight" if algorithm != 11 && value.parse::<u16>().is_ok() => continue,
+            "weight" if matches!(algorithm, 9 | 15) && value.parse::<u16>().is_ok() => continue,
             "rweight" if algorithm == 11 && value.parse::<u16>().is_ok() => continue,
             "weight" | "rweight" if value.parse::<u16>().is_ok() => {
                 "is not what this algorithm looks at"

@@ -35,7 +35,9 @@ fn a_list_becomes_a_configuration() {
     let text = String::from_utf8(output.stdout).expect("text");
     for line in [
         "      - { id: \"fs-11\", address: \"udp://10.20.0.11:5060\", weight: 50, capacity: 400 }",
-        "      - { id: \"fs-13\", address: \"tcp://10.20.0.13:5060\", weight: 20, priority: 2, state: suspended }",
+        "      - { id: \"fs-13\", address: \"tcp://10.20.0.13:5060\", weight: 20, state: suspended }",
+        "    #! priorities only order the list with algorithm 9: left out",
+        "      #! line 7: algorithm 9 gives it only what is left of 100",
         "      #! line 4: socket=udp:10.20.0.1:5060: the edge sends from",
         "      #! line 5: ping_from=sip:ping@edge.example.net: probes carry",
         "      #! line 6: maxload=0: 0 means no limit",
@@ -91,4 +93,59 @@ fn what_was_imported_carries_calls() {
         client.final_answer(std::time::Duration::from_secs(15)).expect("answered");
     }
     assert!(servers.iter().all(|server| server.seen().len() >= 5), "both get their share");
+}
+
+/// What only orders a list with one algorithm makes groups with another.
+#[test]
+fn priorities_and_weights_mean_what_the_algorithm_makes_of_them() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let list = folder.path().join("dispatcher.list");
+    let text = "1 sip:10.0.0.1 0 5 weight=60;rweight=3\n1 sip:10.0.0.2 0 9 weight=20\n1 sip:10.0.0.3 0 5\n";
+    fs::write(&list, text).expect("written");
+    let backends = |algorithm: &str| -> Vec<String> {
+        let path = list.to_str().expect("a path");
+        let output = strowger(&["import", "kamailio", path, "--algorithm", algorithm]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).expect("text");
+        let lines = text.lines().filter(|line| line.starts_with("      - {"));
+        let lines = lines.filter_map(|line| line.split_once(":5060\""));
+        lines.map(|(_, rest)| rest.to_owned()).collect()
+    };
+    assert_eq!(backends("4"), [" }", " }", " }"]);
+    assert_eq!(backends("8"), [", priority: 2 }", " }", ", priority: 3 }"]);
+    assert_eq!(backends("14"), [", priority: 2 }", " }", ", priority: 2 }"]);
+    assert_eq!(backends("9"), [", weight: 60 }", ", weight: 20 }", ", weight: 20 }"]);
+    assert_eq!(backends("11"), [", weight: 3 }", ", weight: 0 }", ", weight: 0 }"]);
+    assert_eq!(
+        backends("15"),
+        [", weight: 60, priority: 2 }", ", weight: 20 }", ", priority: 2 }"]
+    );
+}
+
+/// Each parameter, function and command in Kamailio's own description stands in ours.
+#[test]
+fn the_guide_names_all_that_the_dispatcher_has() {
+    let readme = "/usr/share/doc/kamailio/modules/README.dispatcher.gz";
+    if !std::path::Path::new(readme).exists() {
+        println!("skipped: {readme} is not there");
+        return;
+    }
+    let output = Command::new("zcat").arg(readme).output().expect("zcat runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let guide = include_str!("../../../docs/from-kamailio.md");
+    let mut named = 0;
+    for line in text.lines().map(str::trim) {
+        let (section, rest) = line.split_once(". ").unwrap_or_default();
+        let inside = ["3.", "4.", "5."].iter().any(|chapter| section.starts_with(chapter));
+        let name: String = rest
+            .trim_start()
+            .chars()
+            .take_while(|letter| letter.is_ascii_alphanumeric() || "_.".contains(*letter))
+            .collect();
+        if inside && section.len() <= 4 && (name.contains('_') || name.contains("dispatcher.")) {
+            named += 1;
+            assert!(guide.contains(&name), "docs/from-kamailio.md does not name {name}");
+        }
+    }
+    assert!(named >= 60, "only {named} names were found in {readme}");
 }

@@ -2,8 +2,11 @@
 
 mod caller;
 mod chaos;
+mod hung;
+mod impairment;
 mod import;
 mod names;
+mod neighbours;
 mod outbound;
 pub(crate) mod phone;
 mod scenarios;

@@ -12,7 +12,7 @@ use crate::harness::{Edge, Process, alone, free_port};
 const INSTANCES: usize = 5;
 
 /// An instance that is a process of its own.
-struct Instance {
+pub(super) struct Instance {
     port: u16,
     process: Option<Process>,
     /// From when to when nobody was there.
@@ -21,7 +21,11 @@ struct Instance {
 }
 
 impl Instance {
-    fn start(&mut self, edge: &Edge, number: usize) {
+    pub(super) fn new(port: u16) -> Self {
+        Self { port, process: None, dead: Vec::new(), stopped: Vec::new() }
+    }
+
+    pub(super) fn start(&mut self, edge: &Edge, number: usize) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_strowger"));
         let address = format!("udp://127.0.0.1:{}", self.port);
         command.args(["load", "sip", "--for", "2h", "--answer", &address]);
@@ -48,7 +52,7 @@ impl Instance {
         }
     }
 
-    fn signal(&mut self, name: &str) {
+    pub(super) fn signal(&mut self, name: &str) {
         let now = Instant::now();
         match name {
             "STOP" => self.stopped.push((now, now + Duration::from_secs(86_400))),
@@ -71,7 +75,7 @@ impl Instance {
     }
 }
 
-fn config(port: u16, ports: &[u16], weights: u32) -> String {
+pub(super) fn config(port: u16, ports: &[u16], weights: u32) -> String {
     let backends: Vec<String> = ports
         .iter()
         .enumerate()
@@ -105,8 +109,7 @@ impl Chaos {
             .iter()
             .enumerate()
             .map(|(number, &port)| {
-                let mut instance =
-                    Instance { port, process: None, dead: Vec::new(), stopped: Vec::new() };
+                let mut instance = Instance::new(port);
                 instance.start(&edge, number);
                 instance
             })

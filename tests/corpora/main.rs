@@ -3,6 +3,8 @@
 //! `STROWGER_TESTDATA` names; without one, only the project's own tests of each rule remain.
 #![allow(missing_docs)]
 
+mod rsip_oracle;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -12,8 +12,17 @@ use crate::harness::{Edge, Process, alone, free_port, has};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
+/// Kamailio: its children end only when it is asked to end, so it is, even if a test fails.
+struct Kamailio(Process);
+
+impl Drop for Kamailio {
+    fn drop(&mut self) {
+        self.0.terminate();
+    }
+}
+
 /// Starts Kamailio with one of our configurations.
-fn kamailio(folder: &Path, name: &str, port: u16, edge: u16) -> Process {
+fn kamailio(folder: &Path, name: &str, port: u16, edge: u16) -> Kamailio {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/it/peers/{name}.cfg"));
     let text = fs::read_to_string(file).expect("a configuration");
     let text = text.replace("PORT", &port.to_string());
@@ -25,7 +34,8 @@ fn kamailio(folder: &Path, name: &str, port: u16, edge: u16) -> Process {
     let mut command = Command::new("kamailio");
     command.args(["-DD", "-E", "-m", "32", "-M", "4", "-f"]).arg(&file);
     command.arg("-Y").arg(&run).arg("-P").arg(run.join("pid"));
-    let process = Process::spawn(&mut command, &folder.join(format!("kamailio-{port}.log")));
+    let log_file = folder.join(format!("kamailio-{port}.log"));
+    let process = Kamailio(Process::spawn(&mut command, &log_file));
     let end = Instant::now() + Duration::from_secs(30);
     // It is there when nobody else can bind its port.
     while std::net::UdpSocket::bind(("127.0.0.1", port)).is_ok() {
@@ -37,11 +47,6 @@ fn kamailio(folder: &Path, name: &str, port: u16, edge: u16) -> Process {
 
 fn log(folder: &Path, port: u16) -> String {
     fs::read_to_string(folder.join(format!("kamailio-{port}.log"))).unwrap_or_default()
-}
-
-/// Kamailio ends its children only when it is asked to.
-fn end(mut process: Process) {
-    process.terminate();
 }
 
 fn config(edge: u16, instance: u16, options: &str) -> String {
@@ -60,7 +65,7 @@ fn a_call_to_a_user_whom_kamailio_registered() {
     let _alone = alone();
     let (port, registrar) = (free_port(), free_port());
     let edge = Edge::start(&config(port, registrar, "cdr: true"));
-    let kamailio = kamailio(edge.folder.path(), "kamailio-registrar", registrar, port);
+    let _kamailio = kamailio(edge.folder.path(), "kamailio-registrar", registrar, port);
     let at = ([127, 0, 0, 1], port).into();
     // The callee registers from the very socket that it is called at.
     let mut callee = Client::udp(at);
@@ -116,7 +121,6 @@ fn a_call_to_a_user_whom_kamailio_registered() {
     assert_eq!(status(&done), 200, "{done}");
     edge.until("no call held", |edge| edge.instance("core", "k")["held"] == 0);
     assert_eq!(edge.metric("strowger_engine_panics_total", &[]), 0.0);
-    end(kamailio);
 }
 
 /// Callers, Kamailio, edge, Kamailio, instance: two proxies of another make, the edge between them.
@@ -129,8 +133,8 @@ fn calls_between_two_kamailios_with_the_edge_between_them() {
     let [port, before, behind, server] = [(); 4].map(|()| free_port());
     let edge = Edge::start(&config(port, behind, "cdr: true"));
     let folder = edge.folder.path();
-    let first = kamailio(folder, "kamailio-neighbour", before, port);
-    let second = kamailio(folder, "kamailio-neighbour", behind, server);
+    let _first = kamailio(folder, "kamailio-neighbour", before, port);
+    let _second = kamailio(folder, "kamailio-neighbour", behind, server);
     let mut instance = Instance::new(server);
     instance.start(&edge, 0);
     let mut callers = Callers::new(([127, 0, 0, 1], before).into(), "between");
@@ -158,8 +162,6 @@ fn calls_between_two_kamailios_with_the_edge_between_them() {
     });
     edge.until("no live call", |edge| edge.json("/api/v1/calls")["live"] == 0);
     edge.until("no call held", |edge| edge.instance("core", "k")["held"] == 0);
-    end(first);
-    end(second);
 }
 
 /// baresip's configuration: no sound, no picture, an account at the edge.
@@ -209,7 +211,7 @@ fn baresip_registers_and_calls() {
     let (port, registrar) = (free_port(), free_port());
     let edge = Edge::start(&config(port, registrar, "cdr: true"));
     let folder = edge.folder.path();
-    let kamailio = kamailio(folder, "kamailio-registrar", registrar, port);
+    let _kamailio = kamailio(folder, "kamailio-registrar", registrar, port);
     let text = |user: &str| {
         let bytes = fs::read(folder.join(format!("baresip-{user}.log"))).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -253,7 +255,6 @@ fn baresip_registers_and_calls() {
     });
     edge.until("no call held", |edge| edge.instance("core", "k")["held"] == 0);
     bob.terminate();
-    end(kamailio);
 }
 
 fn finished(command: &mut Command) -> std::process::Output {

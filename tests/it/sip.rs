@@ -8,6 +8,7 @@ mod import;
 mod names;
 mod neighbours;
 mod outbound;
+mod overload;
 pub(crate) mod phone;
 mod scenarios;
 mod secure;

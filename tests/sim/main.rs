@@ -18,7 +18,9 @@ mod rig;
 mod sip;
 mod sip_bench;
 mod sip_cases;
+mod sip_impaired;
 mod sip_outbound;
+mod sip_overload;
 mod world;
 
 use std::panic::catch_unwind;

@@ -185,6 +185,14 @@ impl Bench {
         self.gets(remote(request.0), &answer)
     }
 
+    /// The wheel is looked at now, however late that is.
+    pub(crate) fn wakes(&mut self) -> Vec<(Endpoint, String)> {
+        let now = self.start + self.at;
+        self.engine.on_timeout(now, &mut self.router, &mut self.out);
+        self.collect();
+        std::mem::take(&mut self.sent)
+    }
+
     pub(crate) fn passes(&mut self, time: Duration) -> Vec<(Endpoint, String)> {
         let until = self.at + time;
         while let Some(next) =

@@ -12,10 +12,12 @@ use crate::calls::Calls;
 use crate::guard::Guard;
 use crate::local::Local;
 use crate::lookup::Held;
-use crate::options::{Matched, Mode, SipMatch, SipOptions};
+use crate::options::{Matched, Mode, SipMatch, SipOptions, Sips};
+use crate::overload::Overload;
 use crate::pace::Pace;
 use crate::place::Large;
 use crate::scan::{Scan, Start};
+use crate::target::Target;
 use crate::transaction::Transactions;
 use crate::{Sip, responses};
 
@@ -31,6 +33,8 @@ pub(crate) struct Settings {
     /// Names this start of the process, so that no connection of an earlier one is taken for one of
     /// ours.
     pub(crate) epoch: u32,
+    /// Grows with each start.
+    pub(crate) started: u32,
 }
 
 impl Settings {
@@ -44,6 +48,7 @@ impl Settings {
             worker: context.worker,
             workers: context.workers,
             epoch: stable_hash(context.scope.node.as_bytes()) as u32 ^ context.started,
+            started: context.started,
         }
     }
 
@@ -60,6 +65,23 @@ impl Settings {
 
     pub(crate) fn is_stateless(&self) -> bool {
         self.options.mode == Mode::Stateless
+    }
+
+    /// Whether a request must not go over a transport because its Request-URI is `sips:` (RFC 3261
+    /// 26.2.2). A unix socket leaves no machine.
+    pub(crate) fn bars(
+        &self,
+        request: &[u8],
+        scan: &Scan,
+        target: &Target<'_>,
+        transport: Transport,
+    ) -> bool {
+        let secure = matches!(transport, Transport::Tls | Transport::Wss | Transport::Unix);
+        let Start::Request { uri, .. } = scan.start else { return false };
+        let uri = target.uri.unwrap_or_else(|| uri.of(request));
+        !secure
+            && self.options.sips == Sips::Tls
+            && uri.get(..5).is_some_and(|scheme| scheme.eq_ignore_ascii_case(b"sips:"))
     }
 
     /// 64 x T1: Timers B, F, H, J, L, M.
@@ -92,6 +114,7 @@ pub struct SipEngine {
     pub(crate) large: Large,
     pub(crate) calls: Calls,
     pub(crate) guard: Guard,
+    pub(crate) overload: Overload,
     pub(crate) held: Held,
     due: Vec<u64>,
 }
@@ -113,6 +136,7 @@ impl SipEngine {
             large: Large::default(),
             calls: Calls::new(context.worker, context.seed),
             guard: Guard::default(),
+            overload: Overload::default(),
             held: Held::default(),
             due: Vec::new(),
         }

@@ -35,7 +35,7 @@ impl SipEngine {
         router: &dyn Router,
     ) {
         into.clear();
-        backward(message, scan, as_500, into);
+        backward(message, scan, as_500, self.overload.telling.as_ref(), into);
         let Some(transaction) = self.transactions.get(slot) else { return };
         if self.settings.options.header_rules.is_empty() {
             return;
@@ -100,7 +100,8 @@ impl SipEngine {
         let Some(transaction) = self.transactions.get(slot) else { return };
         let (source, key) = (transaction.source, transaction.key);
         transaction.reply.clear();
-        respond(request, scan, source, key, answer, &mut transaction.reply);
+        let told = self.overload.telling.as_ref();
+        respond(request, scan, source, key, answer, told, &mut transaction.reply);
         out.send(transaction.client, ClassId::CONTROL, |bytes| {
             bytes.extend_from_slice(&transaction.reply)
         });

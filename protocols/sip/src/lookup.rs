@@ -326,7 +326,7 @@ impl SipEngine {
             place.ok().and_then(|place| self.settings.endpoint(place.transport, place.address));
         let Some(to) = to else { return out.drop_message("response_to_unknown_host") };
         out.note(Note::Count("sip_responses_stateless"));
-        out.send(to, ClassId::CONTROL, |buffer| backward(message.bytes, scan, false, buffer));
+        out.send(to, ClassId::CONTROL, |buffer| backward(message.bytes, scan, false, None, buffer));
     }
 
     fn request_resolved(

@@ -7,6 +7,7 @@ use strowger_contract::{OptionsError, Scope};
 
 use crate::access::{Network, any};
 use crate::limit::Rate;
+use crate::overload::OverloadControl;
 use crate::rules::HeaderRule;
 use crate::scan::{Scan, find};
 use crate::uri::{Uri, parse_ip};
@@ -33,6 +34,17 @@ pub enum PathMode {
     Supported,
     /// Always. A registrar that does not know Path ignores it.
     Always,
+}
+
+/// Over what a request for a `sips:` URI may go on (RFC 3261 26.2.2, RFC 5630).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Sips {
+    /// TLS only; where there is none, 480 with warning 380.
+    #[default]
+    Tls,
+    /// Anything: the way to the instances is secured otherwise.
+    Any,
 }
 
 /// How many instances a request that begins something is sent to.
@@ -167,6 +179,11 @@ pub struct SipOptions {
     pub scanners: Vec<String>,
     /// How much is taken from whom.
     pub limits: Limits,
+    /// RFC 7339: `oc` towards neighbours and instances.
+    pub overload_control: OverloadControl,
+    /// What a `sips:` Request-URI needs of an instance: `tls` (default), or `any` where the way to them
+    /// is secured otherwise.
+    pub sips: Sips,
     /// Headers to add, set or remove, in order.
     pub header_rules: Vec<HeaderRule>,
 }
@@ -211,6 +228,8 @@ impl Default for SipOptions {
             .map(str::to_owned)
             .to_vec(),
             limits: Limits::default(),
+            overload_control: OverloadControl::default(),
+            sips: Sips::Tls,
             header_rules: Vec::new(),
         }
     }
@@ -328,6 +347,9 @@ pub(crate) fn check(scope: &Scope<SipMatch>, options: &SipOptions) -> Vec<Option
         }
     }
     rates(&options.limits, &mut wrong);
+    if let Some(message) = options.overload_control.check() {
+        wrong("overload_control.validity", message);
+    }
     if options.header_rules.len() > crate::rules::RULES_MAX {
         wrong("header_rules", format!("over {} rules", crate::rules::RULES_MAX));
     }

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use strowger_contract::BackendId;
+use strowger_contract::{BackendId, PoolId};
 
 /// Backends that are followed, at most; past it all is forgotten.
 const BACKENDS_MAX: usize = 65_536;
@@ -55,7 +55,10 @@ struct Known {
     other: Estimate,
     /// It gets nothing new until then.
     until: Option<Instant>,
+    /// It asked for that itself.
+    by_word: bool,
     silences: u8,
+    pool: Option<PoolId>,
 }
 
 /// What one engine knows of its instances' pace.
@@ -107,7 +110,7 @@ impl Pace {
         if let Some(took) = took {
             if invite { known.invite.note(took) } else { known.other.note(took) }
         }
-        (known.until, known.silences) = (None, 0);
+        (known.until, known.silences, known.by_word) = (None, 0, false);
         if resting {
             self.resting.retain(|other| *other != backend);
         }
@@ -122,11 +125,16 @@ impl Pace {
         }
         let pause = PAUSE_FIRST * (1 << known.silences);
         known.silences = (known.silences + 1).min(DOUBLINGS_MAX);
-        self.rest(now, backend, pause);
+        self.pause(now, backend, pause);
     }
 
-    /// It gets nothing new for so long.
+    /// It asked to get nothing new for so long.
     pub(crate) fn rest(&mut self, now: Instant, backend: BackendId, pause: Duration) {
+        self.known(backend).by_word = true;
+        self.pause(now, backend, pause);
+    }
+
+    fn pause(&mut self, now: Instant, backend: BackendId, pause: Duration) {
         let known = self.known(backend);
         known.until = known.until.max(Some(now + pause));
         if !self.resting.contains(&backend) {
@@ -134,23 +142,53 @@ impl Pace {
         }
     }
 
-    /// Those that get nothing now. One whose pause is over is let through once, and then pauses
-    /// again unless it speaks.
-    pub(crate) fn resting(&mut self, now: Instant, out: &mut Excluded) {
+    /// Those of a pool that get nothing now. One whose pause is over is let through once, and then
+    /// pauses again unless it speaks.
+    ///
+    /// Silence alone leaves out at most half of those that are known of the pool, the longest silent
+    /// ones first: when the machine itself stalls, all seem silent, and whoever is asked last must not
+    /// get everything.
+    pub(crate) fn resting(&mut self, now: Instant, pool: PoolId, out: &mut Excluded) {
+        if self.resting.is_empty() {
+            return;
+        }
         let backends = &mut self.backends;
-        self.resting.retain(|backend| {
-            let Some(until) = backends.get(backend).and_then(|known| known.until) else {
-                return false;
-            };
-            if until > now {
-                out.push(*backend);
+        self.resting
+            .retain(|backend| backends.get(backend).is_some_and(|known| known.until.is_some()));
+        let known = backends.values().filter(|one| one.pool == Some(pool)).count();
+        let mut silent = Excluded::new(&[]);
+        for backend in &self.resting {
+            let Some(state) = backends.get(backend) else { continue };
+            if state.pool.is_some_and(|other| other != pool)
+                || state.until.is_none_or(|until| until <= now)
+            {
+                continue;
             }
-            true
-        });
+            if state.by_word {
+                out.push(*backend);
+            } else {
+                silent.push(*backend);
+            }
+        }
+        let silences = |backend: &BackendId| backends.get(backend).map_or(0, |one| one.silences);
+        silent.list[..silent.len].sort_by_key(|backend| std::cmp::Reverse(silences(backend)));
+        for backend in silent.list().iter().take((known / 2).max(1)) {
+            out.push(*backend);
+        }
     }
 
     /// A request was placed there: if its pause was over, that was its one try.
-    pub(crate) fn placed(&mut self, now: Instant, backend: BackendId, patience: Duration) {
+    pub(crate) fn placed(
+        &mut self,
+        now: Instant,
+        backend: BackendId,
+        pool: Option<PoolId>,
+        patience: Duration,
+    ) {
+        let known = self.known(backend);
+        if known.pool != pool {
+            known.pool = pool;
+        }
         if self.resting.is_empty() || !self.resting.contains(&backend) {
             return;
         }
@@ -195,11 +233,15 @@ impl Excluded {
         excluded
     }
 
-    pub(crate) fn push(&mut self, backend: BackendId) {
-        if let Some(place) = self.list.get_mut(self.len) {
+    /// Adds one; whether there was room.
+    pub(crate) fn push(&mut self, backend: BackendId) -> bool {
+        let place = self.list.get_mut(self.len);
+        let fits = place.is_some();
+        if let Some(place) = place {
             *place = backend;
             self.len += 1;
         }
+        fits
     }
 
     pub(crate) fn list(&self) -> &[BackendId] {
@@ -213,9 +255,11 @@ mod tests {
 
     const A: BackendId = BackendId(1);
 
+    const POOL: PoolId = PoolId(1);
+
     fn resting(pace: &mut Pace, now: Instant) -> bool {
         let mut out = Excluded::new(&[]);
-        pace.resting(now, &mut out);
+        pace.resting(now, POOL, &mut out);
         out.list().contains(&A)
     }
 
@@ -247,12 +291,41 @@ mod tests {
         pace.silent(at(0), A);
         pace.silent(at(1), A);
         assert!(resting(&mut pace, at(999)) && !resting(&mut pace, at(1_000)), "one silence");
-        pace.placed(at(1_000), A, Duration::from_millis(200));
+        pace.placed(at(1_000), A, Some(POOL), Duration::from_millis(200));
         assert!(resting(&mut pace, at(1_100)), "one try at a time");
         pace.silent(at(1_200), A);
         assert!(resting(&mut pace, at(3_199)) && !resting(&mut pace, at(3_200)), "twice as long");
         pace.heard(A, true, None);
         assert!(!resting(&mut pace, at(1_300)));
+    }
+
+    /// A machine that stalls makes everybody seem silent.
+    #[test]
+    fn silence_leaves_out_half_of_a_pool_at_most_and_a_word_all_that_say_it() {
+        let (mut pace, now) = (Pace::default(), Instant::now());
+        let all: Vec<BackendId> = (1..=4).map(BackendId).collect();
+        for backend in &all {
+            pace.placed(now, *backend, Some(POOL), Duration::from_millis(200));
+            pace.heard(*backend, true, Some(Duration::from_millis(5)));
+        }
+        let left_out = |pace: &mut Pace| {
+            let mut out = Excluded::new(&[]);
+            pace.resting(now, POOL, &mut out);
+            out.list().to_vec()
+        };
+        pace.silent(now - Duration::from_secs(3), all[3]);
+        for backend in &all {
+            pace.silent(now, *backend);
+        }
+        let out = left_out(&mut pace);
+        assert_eq!((out.len(), out[0]), (2, all[3]), "the one that was silent before is first");
+        pace.heard(all[3], false, None);
+        assert!(!left_out(&mut pace).contains(&all[3]), "a sign of life is enough");
+        for backend in &all {
+            pace.heard(*backend, true, None);
+            pace.rest(now, *backend, Duration::from_secs(5));
+        }
+        assert_eq!(left_out(&mut pace).len(), 4);
     }
 
     #[test]

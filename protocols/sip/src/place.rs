@@ -70,6 +70,12 @@ impl NextHop {
     }
 }
 
+/// RFC 5630 5.3: what a `sips:` request is told that nobody may have.
+pub(crate) fn not_secure() -> NoPlace {
+    let warning = Some((380, "SIPS Not Allowed"));
+    (Answer { warning, ..Answer::new(480, "Temporarily Unavailable") }, None)
+}
+
 /// Why a request found no place: what is said, and the router's reason if it was the router's.
 pub(crate) type NoPlace = (Answer<'static>, Option<Refusal>);
 
@@ -87,8 +93,13 @@ impl SipEngine {
         out: &mut Outbox,
     ) -> Result<(), NoPlace> {
         let hop = match wanted.hop {
-            Hop::Backend { .. } => match self.choose(now, slot, request, scan, wanted, router) {
+            Hop::Backend { .. } => match self.choose(now, slot, request, scan, wanted, router, out)
+            {
                 Verdict::Go(route) => NextHop::of(&route),
+                Verdict::Refuse(Refusal::NoCapability) => {
+                    out.note(Note::Count("sip_sips_without_tls"));
+                    return Err(not_secure());
+                }
                 Verdict::Refuse(refusal) => {
                     return Err((self.answer_for(refusal), Some(refusal)));
                 }
@@ -111,6 +122,7 @@ impl SipEngine {
 
     /// Asks the router. Instances that are silent or asked for a rest are left out as long as there
     /// are others.
+    #[allow(clippy::too_many_arguments, reason = "what every handler gets")]
     fn choose(
         &mut self,
         now: Instant,
@@ -119,6 +131,7 @@ impl SipEngine {
         scan: &Scan,
         wanted: &Target<'_>,
         router: &mut dyn Router,
+        out: &mut Outbox,
     ) -> Verdict {
         let none = Verdict::Refuse(Refusal::NoBackend);
         let Hop::Backend { pool, pin, in_session } = wanted.hop else { return none };
@@ -132,7 +145,7 @@ impl SipEngine {
         let deadline = if first { transaction.deadline } else { now + self.settings.timeout() };
         let tried_only = excluded;
         if pin.is_none() && !in_session {
-            self.pace.resting(now, &mut excluded);
+            self.pace.resting(now, pool, &mut excluded);
         }
         let affine = (pin.is_none() && !in_session)
             .then(|| self.record_of(method, request, scan, uri.of(request), router))
@@ -142,7 +155,7 @@ impl SipEngine {
             Some(record) => SessionKey { stable: session.stable, keyed: record.keyed },
             None => session,
         };
-        let mut query = Query {
+        let query = Query {
             pool,
             session,
             pin,
@@ -151,13 +164,35 @@ impl SipEngine {
             class,
             deadline,
             capability: 0,
-            exclude: excluded.list(),
+            exclude: &[],
         };
-        let verdict = router.route(now, &query);
+        let mut verdict = router.route(now, &Query { exclude: excluded.list(), ..query });
+        // Those that asked for less, and those that must not have it, are passed over.
+        let mut passed = None;
+        while let Verdict::Go(route) = verdict {
+            let why = if self.settings.bars(request, scan, wanted, route.transport) {
+                Refusal::NoCapability
+            } else if self.overload.is_left_out(now, route.backend, class, in_session) {
+                Refusal::Overloaded { retry_after: std::time::Duration::from_secs(1) }
+            } else {
+                break;
+            };
+            router.outcome(now, route.backend, Outcome::Abandoned);
+            if let Refusal::Overloaded { .. } = why {
+                out.note(Note::Count("sip_oc_left_out"));
+            }
+            passed.get_or_insert(why);
+            if pin.is_some() || !excluded.push(route.backend) {
+                return Verdict::Refuse(why);
+            }
+            verdict = router.route(now, &Query { exclude: excluded.list(), ..query });
+        }
+        if let (Some(why), Verdict::Refuse(_)) = (passed, &verdict) {
+            return Verdict::Refuse(why);
+        }
         if matches!(verdict, Verdict::Refuse(_)) && excluded.list().len() > tried_only.list().len()
         {
-            query.exclude = tried_only.list();
-            return router.route(now, &query);
+            return router.route(now, &Query { exclude: tried_only.list(), ..query });
         }
         verdict
     }
@@ -176,6 +211,13 @@ impl SipEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) -> Result<(), NoPlace> {
+        if self.settings.bars(request, scan, wanted, hop.transport) {
+            if let Some(backend) = hop.backend {
+                router.outcome(now, backend, Outcome::Abandoned);
+            }
+            out.note(Note::Count("sip_sips_without_tls"));
+            return Err(not_secure());
+        }
         let full = self.transactions.get(slot).is_none_or(|known| known.legs.len() >= LEGS_MAX);
         let to = hop.endpoint(&self.settings).filter(|_| !full);
         let Some(mut to) = to else {
@@ -190,6 +232,7 @@ impl SipEngine {
         let least = self.settings.options.failover_min.0;
         let Some(transaction) = self.transactions.get(slot) else { return Ok(()) };
         let (call_id, generation) = (transaction.call_id, transaction.generation);
+        let pool = transaction.pool;
         let (invite, method) = (transaction.is_invite(), transaction.method);
         if let Some(backend) = hop.backend {
             transaction.note_try(backend);
@@ -254,7 +297,7 @@ impl SipEngine {
         let pinned = matches!(wanted.hop, Hop::Backend { pin: Some(_), .. });
         let patience = hop.backend.filter(|_| !pinned).map(|backend| {
             let patience = self.pace.patience(backend, invite, least, most);
-            self.pace.placed(now, backend, patience);
+            self.pace.placed(now, backend, pool, patience);
             patience
         });
         // A place of a name is left for the next one as an instance is (RFC 3263 4.3), as long as
@@ -278,6 +321,7 @@ impl SipEngine {
             sent,
             repeat_at: (!hop.transport.is_stream()).then(|| now + t1),
             repeat_after: t1,
+            excused: false,
             failover_at: patience.map(|patience| now + patience),
             expires_at: Some(now + t_whole),
         };

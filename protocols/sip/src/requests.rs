@@ -13,6 +13,7 @@ use crate::engine::SipEngine;
 use crate::incoming::{Incoming, loop_hash, record_key, refused_as_is, session_key, trimmed};
 use crate::method::Method;
 use crate::options::{Fork, Matched};
+use crate::overload::Told;
 use crate::respond::{Answer, is_our_tag, respond};
 use crate::scan::{Name, Scan, ScanError};
 use crate::target::{Hop, Target, target};
@@ -47,7 +48,7 @@ impl SipEngine {
             }
             out.note(Note::Count("sip_bad_requests"));
             out.note(answer_note(incoming.method, answer.code));
-            return reply(&incoming, &answer, out);
+            return reply(&incoming, &answer, None, out);
         }
         let body = trimmed(&incoming);
         let incoming =
@@ -78,6 +79,8 @@ impl SipEngine {
             }
             return;
         }
+        self.note_neighbour(now, &incoming.via, incoming.message.remote.ip());
+        self.be_telling(now, None, router);
         let scan = incoming.scan;
         let in_dialog = scan.value(incoming.message.bytes, Name::To).and_then(tag).is_some();
         let class = self.class_of(incoming, in_dialog);
@@ -92,6 +95,9 @@ impl SipEngine {
         // A dialog that was begun as an emergency is one to its end, whatever rules say.
         let class = if target.kept_emergency { ClassId::EMERGENCY } else { class };
         let target = Target { emergency: class == ClassId::EMERGENCY, ..target };
+        if let Hop::Backend { pool, .. } = target.hop {
+            self.be_telling(now, Some(pool), router);
+        }
         if self.settings.is_stateless() {
             return self.forward_stateless(now, incoming, &target, class, router, out);
         }
@@ -173,7 +179,7 @@ impl SipEngine {
         out: &mut Outbox,
     ) {
         note_refused(now, incoming, class, answer.code, out);
-        reply(incoming, answer, out);
+        reply(incoming, answer, self.overload.telling.as_ref(), out);
     }
 
     /// A new transaction.
@@ -395,9 +401,10 @@ impl SipEngine {
             if let Some(next) = asked {
                 return out.hand_over(next, &incoming.message);
             }
-            return reply(incoming, &Answer::new(481, "Call/Transaction Does Not Exist"), out);
+            let answer = Answer::new(481, "Call/Transaction Does Not Exist");
+            return reply(incoming, &answer, None, out);
         };
-        reply(incoming, &Answer::new(200, "OK"), out);
+        reply(incoming, &Answer::new(200, "OK"), None, out);
         let Some(transaction) = self.transactions.get(slot) else { return };
         if transaction.state != State::Open || transaction.cancelled {
             return;
@@ -421,11 +428,16 @@ impl SipEngine {
 }
 
 /// Answers without remembering: a retransmission gets the same answer again.
-pub(crate) fn reply(incoming: &Incoming<'_>, answer: &Answer<'_>, out: &mut Outbox) {
+pub(crate) fn reply(
+    incoming: &Incoming<'_>,
+    answer: &Answer<'_>,
+    told: Option<&Told>,
+    out: &mut Outbox,
+) {
     let message = &incoming.message;
     let to = reply_endpoint(message.from, &incoming.via);
     out.send(to, ClassId::CONTROL, |bytes| {
-        respond(message.bytes, incoming.scan, message.remote, incoming.key, answer, bytes);
+        respond(message.bytes, incoming.scan, message.remote, incoming.key, answer, told, bytes);
     });
 }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::branch::{decimal, hex};
+use crate::overload::{Told, tell};
 use crate::scan::{Name, Scan, Start};
 use crate::uri::tag;
 use crate::write::{copy, copy_span, top_via};
@@ -17,11 +18,13 @@ pub(crate) struct Answer<'a> {
     pub(crate) retry_after: Option<Duration>,
     /// `Unsupported`.
     pub(crate) unsupported: Option<&'a [u8]>,
+    /// A Warning's code and text (RFC 3261 20.43).
+    pub(crate) warning: Option<(u16, &'static str)>,
 }
 
 impl<'a> Answer<'a> {
     pub(crate) fn new(code: u16, reason: &'a str) -> Self {
-        Self { code, reason, retry_after: None, unsupported: None }
+        Self { code, reason, retry_after: None, unsupported: None, warning: None }
     }
 }
 
@@ -36,6 +39,7 @@ pub(crate) fn respond(
     source: SocketAddr,
     key: u64,
     answer: &Answer<'_>,
+    told: Option<&Told>,
     out: &mut Vec<u8>,
 ) {
     out.extend_from_slice(b"SIP/2.0 ");
@@ -46,7 +50,11 @@ pub(crate) fn respond(
     let mut first = true;
     for header in scan.all(Name::Via) {
         if std::mem::take(&mut first) {
+            let at = out.len();
             top_via(message, header, source, out);
+            if let Some(told) = told {
+                tell(out, at, told);
+            }
         } else {
             copy_span(message, header.line, out);
         }
@@ -71,6 +79,13 @@ pub(crate) fn respond(
         out.extend_from_slice(b"Unsupported: ");
         out.extend_from_slice(unsupported);
         out.extend_from_slice(b"\r\n");
+    }
+    if let Some((code, text)) = answer.warning {
+        out.extend_from_slice(b"Warning: ");
+        decimal(u64::from(code), out);
+        out.extend_from_slice(b" strowger \"");
+        out.extend_from_slice(text.as_bytes());
+        out.extend_from_slice(b"\"\r\n");
     }
     out.extend_from_slice(b"Content-Length: 0\r\n\r\n");
 }

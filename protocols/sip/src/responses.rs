@@ -29,18 +29,27 @@ pub(crate) fn on_response(
         return out.drop_message("response_not_ours");
     };
     let for_cancel = is_for_cancel(scan, bytes);
+    let telling = match engine.transactions.current(branch.slot, branch.generation) {
+        Some(known) if !branch.stateless => known.pool,
+        _ => None,
+    };
+    engine.be_telling(now, telling, router);
     if !branch.stateless {
         if branch.worker != engine.settings.worker && branch.worker.0 < engine.settings.workers {
             return out.hand_over(branch.worker, message);
         }
         let known = engine.transactions.current(branch.slot, branch.generation);
         if let Some(leg) = known.and_then(|known| known.leg(branch.attempt)) {
+            let backend = leg.backend;
             if for_cancel {
                 // Our CANCEL was heard: it need not be repeated.
                 if leg.cancel == Cancel::Sent {
                     leg.repeat_at = None;
                 }
                 return;
+            }
+            if let Some(backend) = backend {
+                engine.hear_load(now, backend, via.as_ref().map(|(via, _)| via), out);
             }
             return engine.on_answer(
                 now,
@@ -88,7 +97,8 @@ fn pass_back(
         return out.drop_message("response_without_socket");
     };
     out.note(Note::Count("sip_responses_stateless"));
-    out.send(to, ClassId::CONTROL, |buffer| backward(bytes, scan, false, buffer));
+    let told = engine.overload.telling;
+    out.send(to, ClassId::CONTROL, |buffer| backward(bytes, scan, false, told.as_ref(), buffer));
 }
 
 fn via_transport(via: &Via<'_>) -> Transport {

@@ -96,6 +96,7 @@ pub(crate) fn forward(
         path,
         flow,
         sides: [Some(side(facing)), other],
+        asks_load: settings.options.overload_control.client && hop.backend.is_some(),
         source: origin.source,
         pop_routes: target.pop_routes,
         drop_last_route: target.drop_last_route,

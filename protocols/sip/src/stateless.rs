@@ -8,7 +8,7 @@ use crate::branch::Branch;
 use crate::engine::SipEngine;
 use crate::incoming::{Incoming, loop_hash, session_key};
 use crate::method::Method;
-use crate::place::NextHop;
+use crate::place::{NextHop, not_secure};
 use crate::respond::Answer;
 use crate::send::{Origin, forward};
 use crate::target::{Hop, Target};
@@ -89,6 +89,13 @@ impl SipEngine {
     ) {
         let message = &incoming.message;
         let one_way = incoming.method == Method::Ack;
+        if self.settings.bars(message.bytes, incoming.scan, target, hop.transport) {
+            out.note(Note::Count("sip_sips_without_tls"));
+            if one_way {
+                return out.drop_message("ack_without_tls");
+            }
+            return self.refuse(now, incoming, class, &not_secure().0, out);
+        }
         let Some(to) = hop.endpoint(&self.settings) else { return out.drop_message("no_socket") };
         // The same for each retransmission, and for an INVITE's CANCEL and ACK (16.11).
         let (slot, generation) = ((incoming.key >> 32) as u32, incoming.key as u32);

@@ -1,12 +1,15 @@
 //! Time in transactions: repetition, fail-over, expiry, the end (RFC 3261 17, table 4).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use strowger_contract::{ClassId, Note, Outbox, Router, Unresolved};
 
 use crate::answers::At;
 use crate::engine::SipEngine;
 use crate::transaction::{Cancel, LegState, State};
+
+/// A timer that fires so much too late tells of a stall of this machine.
+const LATE: Duration = Duration::from_millis(50);
 
 fn due(at: Option<Instant>, now: Instant) -> bool {
     at.is_some_and(|at| at <= now)
@@ -59,6 +62,11 @@ impl SipEngine {
         };
         if due(leg.expires_at, now) {
             self.on_expired(now, at, router, out);
+        } else if leg.failover_at.is_some_and(|at| now > at + LATE) && !leg.excused {
+            // It is us who were silent: what it said may lie unread in our own sockets.
+            leg.excused = true;
+            leg.failover_at = Some(now + LATE);
+            out.note(Note::Count("sip_own_stalls"));
         } else if due(leg.failover_at, now) {
             self.on_silence(now, at, router, out);
         } else if due(leg.repeat_at, now) {

@@ -86,6 +86,8 @@ pub(crate) struct Leg {
     #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) repeat_at: Option<Instant>,
     pub(crate) repeat_after: Duration,
+    /// We were late ourselves to look for its sign of life, and looked again.
+    pub(crate) excused: bool,
     /// It must have given a sign of life by then.
     #[serde(with = "strowger_contract::handover::moment_or_none")]
     pub(crate) failover_at: Option<Instant>,

@@ -8,6 +8,7 @@ use strowger_contract::{Router, Token, Transport, WorkerId};
 use crate::branch::{Branch, decimal, hex};
 use crate::flow::{ClientFlow, Path};
 use crate::local::via_word;
+use crate::overload::{Told, tell};
 use crate::scan::{Header, Name, Scan, Span, Start};
 use crate::uri::{name_addr, parameter};
 use crate::via::{Via, end_of_value};
@@ -33,6 +34,8 @@ pub(crate) struct Forward<'a> {
     /// The client's flow, that the dialog's requests go back over.
     pub(crate) flow: Option<ClientFlow>,
     pub(crate) sides: [Option<(Transport, &'a [u8])>; 2],
+    /// Our Via asks the next hop of its load (RFC 7339).
+    pub(crate) asks_load: bool,
     /// Where it came from, for the sender's Via.
     pub(crate) source: SocketAddr,
     /// Route values to take off the top.
@@ -57,6 +60,9 @@ impl Forward<'_> {
         out.extend_from_slice(self.sent_by);
         out.extend_from_slice(b";branch=");
         self.branch.write(self.call_id, router, out);
+        if self.asks_load {
+            out.extend_from_slice(b";oc;oc-algo=\"loss\"");
+        }
         out.extend_from_slice(b"\r\n");
         if let Some(token) = self.record_route {
             for (transport, text) in self.sides.iter().flatten() {
@@ -235,7 +241,13 @@ fn end_of_bare_rport(message: &[u8], parameters: &[u8]) -> Option<usize> {
 }
 
 /// Appends a response as it goes back: without its first Via value, which was ours.
-pub(crate) fn backward(message: &[u8], scan: &Scan, as_500: bool, out: &mut Vec<u8>) {
+pub(crate) fn backward(
+    message: &[u8],
+    scan: &Scan,
+    as_500: bool,
+    told: Option<&Told>,
+    out: &mut Vec<u8>,
+) {
     if as_500 {
         // RFC 3261 16.7 step 6: our own client has other servers than this one; 503 is not for it.
         out.extend_from_slice(b"SIP/2.0 500 Server Internal Error\r\n");
@@ -249,10 +261,22 @@ pub(crate) fn backward(message: &[u8], scan: &Scan, as_500: bool, out: &mut Vec<
     let value = header.value.of(message);
     let end = end_of_value(value);
     if end < value.len() {
+        let at = out.len();
         out.extend_from_slice(b"Via: ");
         let rest = value[end + 1..].trim_ascii_start();
         out.extend_from_slice(rest);
         copy(message, header.value.to(), header.line.to(), out);
+        if let Some(told) = told {
+            tell(out, at, told);
+        }
+    } else if let Some(told) = told
+        && let Some(next) = scan.all(Name::Via).nth(1)
+    {
+        copy(message, header.line.to(), next.line.from(), out);
+        let at = out.len();
+        copy(message, next.line.from(), next.line.to(), out);
+        tell(out, at, told);
+        return copy(message, next.line.to(), message.len(), out);
     }
     copy(message, header.line.to(), message.len(), out);
 }

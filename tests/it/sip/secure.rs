@@ -131,7 +131,7 @@ fn a_callees_bye_reaches_the_caller_over_its_own_tls_connection() {
     let folder = tempfile::tempdir().expect("a folder");
     let (tls, plain) = (free_port(), free_port());
     let phone = Server::polite();
-    let edge = edge(folder.path(), tls, plain, phone.address.port(), "cdr: true");
+    let edge = edge(folder.path(), tls, plain, phone.address.port(), "cdr: true, sips: any");
     let at = ([127, 0, 0, 1], plain).into();
     for number in 0..8 {
         // A host that nobody resolves, as browsers and clients behind NAT have; and sips:.

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::control::admin::{self, AdminBackend, Check, PutError, Traced};
 use crate::control::config::{self, ConfigErrors, Loaded, Source};
-use crate::control::providers::Providers;
+use crate::control::providers::{Providers, TcpRoutes};
 use crate::control::registry::Registry;
 use crate::control::resolve::Names;
 use crate::control::{pressure, probes, service, watch};
@@ -691,6 +691,29 @@ impl AdminBackend for Inner {
 
     fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    fn tcp_routes(&self) -> Option<(Arc<TcpRoutes>, String)> {
+        self.providers.tcp_routes()
+    }
+
+    fn pool_at_tcp_port(&self, port: u16) -> Option<String> {
+        let active = self.active();
+        let spec = &active.loaded.spec;
+        let at = spec.listeners.iter().find(|listener| {
+            listener.protocol == "tcp"
+                && listener.sockets.iter().any(|socket| socket.address.port() == port)
+        })?;
+        let [only] = at.pools[..] else { return None };
+        let names = self.core.pool_names();
+        let found = spec.pools.iter().find(|pool| names.id(&pool.name) == only)?;
+        Some(found.name.clone())
+    }
+
+    fn tcp_ports(&self) -> Vec<u16> {
+        let active = self.active();
+        let tcp = active.loaded.spec.listeners.iter().filter(|one| one.protocol == "tcp");
+        tcp.flat_map(|one| one.sockets.iter().map(|socket| socket.address.port())).collect()
     }
 
     fn permissions(&self) -> Vec<config::Permission> {

@@ -1,7 +1,7 @@
 //! Providers of instances through the real binary: Cloud Foundry's messages over a real nats-server.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
@@ -277,4 +277,83 @@ fn dns_feeds_a_pool() {
     // The operator takes the provider away: what it named goes with it.
     assert_eq!(edge.put_config(&yaml("")).0, 200);
     edge.until("taken away", |edge| edge.instance("ims", &id(0)).is_null());
+}
+
+/// Cloud Foundry's routing API: routes become instances of the listener's pool, with its events, its
+/// order of versions, its conflicts, and their end by time.
+#[test]
+fn tcp_routes_as_cloud_foundrys_clients_send_them() {
+    let front = free_port();
+    let edge = Edge::start(&format!(
+        "version: 1\nnode: {{ workers: 1 }}\nadmin: {{ listen: ADMIN }}\nproviders: {{ tcp_routes: {{ router_group: g }} }}\n\
+         listeners:\n  - {{ name: db, protocol: tcp, bind: [tcp://127.0.0.1:{front}], pool: db }}\n\
+         pools:\n  db: {{ debounce: 0 }}\n"
+    ));
+    let app = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = app.local_addr().expect("bound").port();
+    std::thread::spawn(move || {
+        for stream in app.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let _gone = stream.write_all(b"hello");
+        }
+    });
+    let route = |instance: &str, ttl: u64, index: u32| {
+        json!([{
+            "router_group_guid": "g", "port": front, "backend_ip": "127.0.0.1", "backend_port": port,
+            "instance_id": instance, "ttl": ttl, "modification_tag": { "guid": "m", "index": index },
+            "isolation_segment": "", "backend_tls_port": null, "enable_backend_mtls": false,
+        }])
+        .to_string()
+    };
+    let (create, delete) = ("/routing/v1/tcp_routes/create", "/routing/v1/tcp_routes/delete");
+    let mut events = TcpStream::connect(edge.admin).expect("it listens");
+    events.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+    events
+        .write_all(b"GET /routing/v1/tcp_routes/events HTTP/1.1\r\nHost: edge\r\n\r\n")
+        .expect("sent");
+    let mut heard = String::new();
+    let mut hear = |word: &str| {
+        let mut buffer = [0; 4_096];
+        while !heard.contains(word) {
+            let length = events.read(&mut buffer).expect("an event in time");
+            assert!(length > 0, "it closed: {heard}");
+            heard.push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+    };
+    hear("200 OK");
+    let (code, body) = edge.post(create, &route("one", 60, 5));
+    assert_eq!(code, 201, "{body}");
+    hear("event: Upsert");
+    let id = |name: &str| format!("{name}:{port}");
+    let there = |edge: &Edge, name: &str| edge.instance("db", &id(name))["state"] == "ready";
+    edge.until("registered", |edge| there(edge, "one"));
+    let mut client = TcpStream::connect(("127.0.0.1", front)).expect("the edge listens");
+    client.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+    let mut word = [0; 5];
+    client.read_exact(&mut word).expect("the app speaks");
+    assert_eq!(&word, b"hello");
+    let listed = edge.json("/routing/v1/tcp_routes");
+    assert_eq!((&listed[0]["port"], &listed[0]["ttl"]), (&json!(front), &json!(60)), "{listed}");
+    assert_eq!(edge.json("/routing/v1/router_groups")[0]["guid"], "g");
+    // Another instance on the address waits for its end; an old deletion is none.
+    let (code, body) = edge.post(create, &route("two", 60, 6));
+    assert_eq!(code, 409, "{body}");
+    assert_eq!(edge.post(delete, &route("one", 60, 4)).0, 204);
+    assert!(there(&edge, "one"), "it was for an earlier version");
+    for (body, word) in [
+        ("[{}]".to_owned(), "router_group_guid"),
+        (route("one", 0, 7), "ttl"),
+        (route("one", 121, 7), "ttl"),
+        ("{".to_owned(), "ProcessRequestError"),
+    ] {
+        let (code, answer) = edge.post(create, &body);
+        assert_eq!(code, 400, "{answer}");
+        assert!(answer.contains(word), "{answer}");
+    }
+    assert_eq!(edge.post(delete, &route("one", 60, 5)).0, 204);
+    hear("event: Delete");
+    edge.until("left", |edge| edge.instance("db", &id("one")).is_null());
+    // One that is created for two seconds and never again is deleted by time.
+    assert_eq!(edge.post(create, &route("three", 2, 0)).0, 201);
+    edge.until("over", |edge| edge.json("/routing/v1/tcp_routes") == json!([]));
 }

@@ -72,6 +72,7 @@ pub(super) fn router(
         .route("/api/v1/traces", get(super::calls::traces).post(super::calls::start))
         .route("/api/v1/traces/{id}", get(super::calls::trace).delete(super::calls::end))
         .route("/api/v1/events", get(events))
+        .merge(super::routing::router())
         .fallback(|| async {
             problem(StatusCode::NOT_FOUND, "There is nothing at this path", json!({}))
         })
@@ -166,6 +167,8 @@ fn what_is_asked(method: &Method, path: &str) -> (Right, Option<String>) {
         return (Right::Read, None);
     }
     match pool {
+        // Its pools stand in the body; they are looked at there.
+        None if path.starts_with("/routing/v1/") => (Right::Register, None),
         Some(pool) if path.ends_with("drain") => (Right::Drain, Some(pool)),
         Some(pool) => (Right::Register, Some(pool)),
         None => (Right::Config, None),

@@ -5,6 +5,7 @@
 mod api;
 mod calls;
 mod leases;
+mod routing;
 mod tls;
 
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::config::Permission;
+use crate::control::providers::TcpRoutes;
 use crate::control::registry::Registry;
 use crate::observe::{Events, Metrics, Sinks};
 use crate::routing::Core;
@@ -72,6 +74,12 @@ pub trait AdminBackend: Send + Sync {
     fn node(&self) -> Value;
     /// The leased instances.
     fn registry(&self) -> &Arc<Registry>;
+    /// Cloud Foundry's TCP routes and their router group, if they are offered.
+    fn tcp_routes(&self) -> Option<(Arc<TcpRoutes>, String)>;
+    /// The only pool of the raw TCP listener at a port.
+    fn pool_at_tcp_port(&self, port: u16) -> Option<String>;
+    /// The ports of raw TCP listeners.
+    fn tcp_ports(&self) -> Vec<u16>;
     /// Tokens with rights.
     fn permissions(&self) -> Vec<Permission>;
     /// The session spaces of all protocols' names: a name may be looked for in each.

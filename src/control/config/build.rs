@@ -118,7 +118,9 @@ impl<'a> Build<'a> {
             self.loaded.hep = exports::hep(reader, tree);
         }
         if let Some(tree) = fields.get("providers") {
-            self.loaded.providers.cloud_foundry = providers::providers(reader, tree).cloud_foundry;
+            let read = providers::providers(reader, tree);
+            self.loaded.providers.cloud_foundry = read.cloud_foundry;
+            self.loaded.providers.tcp_routes = read.tcp_routes;
         }
         if let Some(tree) = fields.get("brownout") {
             brownout::brownout(reader, tree, &mut self.loaded.brownout);

@@ -12,7 +12,9 @@ use super::pools::{BALANCES, DNS_TRANSPORTS, POLICIES, SEND_PROXY};
 use super::providers::ISOLATIONS;
 use super::tls::{CLIENTS, VERIFIES, VERSIONS};
 use super::tree::{self, Node, Step};
-use crate::control::providers::{CloudFoundrySettings, DnsPoolSettings, ProviderSettings};
+use crate::control::providers::{
+    CloudFoundrySettings, DnsPoolSettings, ProviderSettings, TcpRoutesSettings,
+};
 use crate::control::resolve::DnsSettings;
 use crate::observe::{CdrSettings, HepSettings};
 use crate::routing::{
@@ -142,7 +144,12 @@ fn fed(fed: &DnsPoolSettings) -> Shown {
 }
 
 fn providers(providers: &ProviderSettings) -> Shown {
-    map([("cloud_foundry", providers.cloud_foundry.as_ref().map_or_else(null, cloud_foundry))])
+    let routes =
+        |settings: &TcpRoutesSettings| map([("router_group", text(&settings.router_group))]);
+    map([
+        ("cloud_foundry", providers.cloud_foundry.as_ref().map_or_else(null, cloud_foundry)),
+        ("tcp_routes", providers.tcp_routes.as_ref().map_or_else(null, routes)),
+    ])
 }
 
 fn cloud_foundry(settings: &CloudFoundrySettings) -> Shown {

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::read::{Fields, Reader, join};
 use super::tree::Node;
-use crate::control::providers::{CloudFoundrySettings, Isolation, Mapping, ProviderSettings};
+use crate::control::providers::{
+    CloudFoundrySettings, Isolation, Mapping, ProviderSettings, TcpRoutesSettings,
+};
 
 /// Servers, and URIs that are mapped, at most.
 const SERVERS_MAX: usize = 32;
@@ -21,9 +23,16 @@ pub(super) const ISOLATIONS: [(&str, Isolation); 3] = [
 /// Reads `providers`.
 pub(super) fn providers(reader: &mut Reader, node: &Node) -> ProviderSettings {
     let mut settings = ProviderSettings::default();
-    let Some(fields) = reader.fields(node, "providers", &["cloud_foundry"]) else {
-        return settings;
-    };
+    let known = ["cloud_foundry", "tcp_routes"];
+    let Some(fields) = reader.fields(node, "providers", &known) else { return settings };
+    if let Some(node) = fields.get("tcp_routes") {
+        let path = "providers.tcp_routes";
+        if let Some(fields) = reader.fields(node, path, &["router_group"]) {
+            let group = fields.text(reader, "router_group");
+            let router_group = group.unwrap_or_else(|| "default-tcp".to_owned());
+            settings.tcp_routes = Some(TcpRoutesSettings { router_group });
+        }
+    }
     if let Some(node) = fields.get("cloud_foundry") {
         settings.cloud_foundry = cloud_foundry(reader, node);
     }

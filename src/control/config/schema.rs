@@ -70,7 +70,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
             "registry": map(json!({ "state_file": { "type": ["string", "null"] }, "lease": duration })),
             "brownout": map(json!({ "enabled": { "type": "boolean" }, "loop_lag": duration, "memory": number(1, 100), "descriptors": number(1, 100), "hysteresis": duration })),
             "dns": map(json!({ "servers": { "type": "array", "maxItems": 8, "items": { "type": "string" } }, "query_timeout": duration, "timeout": duration, "cache": number(16, 1_000_000), "concurrent": number(1, 4_096), "ttl_max": duration, "stale": duration })),
-            "providers": map(json!({ "cloud_foundry": { "type": "object", "additionalProperties": false, "required": ["servers"], "properties": {
+            "providers": map(json!({ "tcp_routes": map(json!({ "router_group": { "type": "string" } })), "cloud_foundry": { "type": "object", "additionalProperties": false, "required": ["servers"], "properties": {
                 "servers": { "type": "array", "minItems": 1, "maxItems": 32, "items": { "type": "string", "pattern": "^(nats|tls)://" } },
                 "user": { "type": "string" }, "password_file": { "type": "string" },
                 "ca": { "type": "string" }, "certificate": { "type": "string" }, "key": { "type": "string" },

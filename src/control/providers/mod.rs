@@ -6,6 +6,7 @@
 //! | `message` | Cloud Foundry's registration messages, read; pure |
 //! | `dns` | pools whose instances DNS names |
 //! | `nats` | where they come from |
+//! | `tcp_routes` | Cloud Foundry's TCP routes; the admin server has their paths |
 //! | `feed` | what was heard, brought into the registry |
 //! | this | starts and ends providers as the configuration says |
 
@@ -13,9 +14,13 @@ mod dns;
 mod feed;
 mod message;
 mod nats;
+#[cfg(test)]
+mod same;
+mod tcp_routes;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -24,8 +29,9 @@ pub use dns::DnsPoolSettings;
 pub use feed::Feed;
 pub use message::{Action, Isolation, Mapping, Rejected, RouteMessage, parse};
 pub use nats::CloudFoundrySettings;
+pub use tcp_routes::{TCP_ROUTES, TcpRoute, TcpRoutes, TcpRoutesSettings};
 
-use crate::control::registry::Registry;
+use crate::control::registry::{Registry, SWEEP_EVERY};
 use crate::control::resolve::DnsSettings;
 use crate::observe::{Events, Metrics};
 
@@ -34,6 +40,8 @@ use crate::observe::{Events, Metrics};
 pub struct ProviderSettings {
     /// Cloud Foundry over NATS.
     pub cloud_foundry: Option<CloudFoundrySettings>,
+    /// Cloud Foundry's routing API.
+    pub tcp_routes: Option<TcpRoutesSettings>,
     /// Pools that DNS feeds.
     pub dns: Vec<DnsPoolSettings>,
     /// The name servers for those.
@@ -54,6 +62,7 @@ struct Running {
     settings: ProviderSettings,
     cloud_foundry: Option<Task>,
     dns: HashMap<String, Task>,
+    tcp_routes: Option<(Arc<TcpRoutes>, Task)>,
 }
 
 /// A provider's task; it ends with its handle.
@@ -95,6 +104,7 @@ impl Providers {
             }
         }
         self.configure_dns(&mut running, settings);
+        self.configure_tcp_routes(&mut running, settings);
         running.settings = settings.clone();
     }
 
@@ -122,5 +132,32 @@ impl Providers {
                 running.dns.insert(new.pool.clone(), Task(self.handle.spawn(task)));
             }
         }
+    }
+
+    fn configure_tcp_routes(&self, running: &mut Running, settings: &ProviderSettings) {
+        if settings.tcp_routes.is_none() && running.tcp_routes.take().is_some() {
+            self.registry.forget_provider(TCP_ROUTES);
+        }
+        if settings.tcp_routes.is_some() && running.tcp_routes.is_none() {
+            let routes = Arc::<TcpRoutes>::default();
+            let swept = Arc::clone(&routes);
+            let task = self.handle.spawn(async move {
+                let mut ticks = tokio::time::interval(SWEEP_EVERY);
+                loop {
+                    ticks.tick().await;
+                    swept.sweep(Instant::now());
+                }
+            });
+            running.tcp_routes = Some((routes, Task(task)));
+            self.registry.provider(TCP_ROUTES, Ok(()));
+        }
+    }
+
+    /// The routes and the router group of the routing API, if it is offered.
+    #[must_use]
+    pub fn tcp_routes(&self) -> Option<(Arc<TcpRoutes>, String)> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let group = running.settings.tcp_routes.as_ref()?.router_group.clone();
+        running.tcp_routes.as_ref().map(|(routes, _)| (Arc::clone(routes), group))
     }
 }

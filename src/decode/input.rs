@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use strowger_contract::{Framer, Framing};
 use strowger_diameter::DiameterFramer;
+use strowger_diameter::frame::is_sound;
 
 use super::Found;
 use super::capture::{Carried, Packet};
@@ -31,6 +32,9 @@ pub(super) fn of_stream(bytes: &[u8]) -> Vec<Vec<u8>> {
     let (mut rest, mut found) = (bytes, Vec::new());
     while let Ok(Framing::Message(length)) = DiameterFramer.frame(rest) {
         let (message, others) = rest.split_at(length.get());
+        if !is_sound(message) {
+            break;
+        }
         found.push(message.to_vec());
         rest = others;
     }
@@ -122,12 +126,14 @@ fn of_diameter(buffer: &[u8]) -> Result<Vec<Vec<u8>>, ()> {
     let (mut rest, mut found) = (buffer, Vec::new());
     loop {
         match DiameterFramer.frame(rest) {
-            Ok(Framing::Message(length)) => {
+            Ok(Framing::Message(length)) if is_sound(&rest[..length.get()]) => {
                 let (message, others) = rest.split_at(length.get());
                 found.push(message.to_vec());
                 rest = others;
             }
-            Err(_) if found.is_empty() => return Err(()),
+            // What could be answered on a live connection is still no message.
+            Ok(Framing::Need(_)) if rest.is_empty() || rest[0] == 1 => return Ok(found),
+            _ if found.is_empty() => return Err(()),
             _ => return Ok(found),
         }
     }

@@ -8,6 +8,7 @@ mod decode;
 mod demo;
 mod diameter;
 mod diameter_agent;
+mod diameter_follow;
 mod diameter_limits;
 mod diameter_links;
 mod diameter_peers;

@@ -19,12 +19,12 @@ use crate::harness::{Edge, free_port, has};
 type Tls = StreamOwned<ClientConnection, TcpStream>;
 
 /// An authority that writes certificates into a folder.
-struct Authority {
+pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
 }
 
 impl Authority {
-    fn new(folder: &Path, name: &str) -> Self {
+    pub(crate) fn new(folder: &Path, name: &str) -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, name);
@@ -35,7 +35,7 @@ impl Authority {
     }
 
     /// Writes `file.pem` and `file.key`.
-    fn issue(&self, folder: &Path, file: &str, names: &[&str]) {
+    pub(crate) fn issue(&self, folder: &Path, file: &str, names: &[&str]) {
         let mut params = CertificateParams::new(Vec::<String>::new()).expect("parameters");
         params.distinguished_name.push(DnType::CommonName, file);
         for name in names {

@@ -209,6 +209,14 @@ pub trait Protocol: Send + Sync + 'static {
     /// kind. Empty: the protocol's messages cannot be traced.
     const TRACE_KEYS: &'static [&'static str] = &[];
 
+    /// Keys of a route that are the protocol's own, besides `match` and `pool`. They are read as
+    /// fields of [`Protocol::Match`], and are no keys of `match` itself.
+    const ROUTE_KEYS: &'static [&'static str] = &[];
+
+    /// Options that name a file, and the option that the file's text goes in front of; paths with
+    /// dots. A protocol reads no files itself.
+    const FILE_OPTIONS: &'static [(&'static str, &'static str)] = &[];
+
     /// Makes what finds the messages of a trace. `kind` is one of [`Protocol::TRACE_KEYS`].
     ///
     /// # Errors

@@ -10,14 +10,19 @@ use crate::build::{Builder, append};
 pub(crate) mod result {
     pub(crate) const SUCCESS: u32 = 2_001;
     pub(crate) const UNABLE_TO_DELIVER: u32 = 3_002;
+    pub(crate) const REALM_NOT_SERVED: u32 = 3_003;
     pub(crate) const TOO_BUSY: u32 = 3_004;
     pub(crate) const LOOP_DETECTED: u32 = 3_005;
     pub(crate) const APPLICATION_UNSUPPORTED: u32 = 3_007;
     pub(crate) const INVALID_HDR_BITS: u32 = 3_008;
+    pub(crate) const INVALID_AVP_BITS: u32 = 3_009;
     pub(crate) const UNKNOWN_PEER: u32 = 3_010;
     pub(crate) const ELECTION_LOST: u32 = 4_003;
+    pub(crate) const AVP_UNSUPPORTED: u32 = 5_001;
     pub(crate) const MISSING_AVP: u32 = 5_005;
     pub(crate) const NO_COMMON_APPLICATION: u32 = 5_010;
+    pub(crate) const UNSUPPORTED_VERSION: u32 = 5_011;
+    pub(crate) const UNABLE_TO_COMPLY: u32 = 5_012;
     pub(crate) const INVALID_AVP_LENGTH: u32 = 5_014;
     pub(crate) const INVALID_MESSAGE_LENGTH: u32 = 5_015;
 }

@@ -244,7 +244,8 @@ impl DiameterEngine {
             Endpoint::Client(_) => self.identity_of(pending.origin),
             _ => None,
         };
-        let (changes, mut applied) = (&mut self.changes, Applied::default());
+        let (changes, rules) = (&mut self.changes, pending.rules.as_deref());
+        let mut applied = Applied::default();
         out.send(pending.origin, ClassId::CONTROL, |bytes| {
             let start = bytes.len();
             rewrite::answer(answer, pending.hop_by_hop, bytes);
@@ -252,8 +253,8 @@ impl DiameterEngine {
                 overload::strip_peer_load(bytes, start);
             }
             applied = match client {
-                Some(client) => changes.for_client(bytes, start, &client),
-                None => changes.for_backend(bytes, start),
+                Some(client) => changes.for_client(bytes, start, &client, rules),
+                None => changes.for_backend(bytes, start, None),
             };
         });
         applied.note(out);

@@ -40,6 +40,7 @@ impl DiameterEngine {
             to: Endpoint::Client(flow),
             backend: None,
             pool: None,
+            rules: None,
             session: None,
             place: place_of(summary, router),
             ends_session: false,
@@ -73,7 +74,7 @@ impl DiameterEngine {
                 out.send(Endpoint::Client(flow), class, |bytes| {
                     let start = bytes.len();
                     rewrite::request(message.bytes, identifier, false, &from, bytes);
-                    applied = changes.for_client(bytes, start, &client);
+                    applied = changes.for_client(bytes, start, &client, None);
                 });
                 applied.note(out);
                 self.schedule(now, expires, identifier);

@@ -257,21 +257,26 @@ impl Dictionary {
         self.avps.values()
     }
 
-    /// The known name nearest to a wrong one, for "did you mean".
+    /// The AVP's name nearest to a wrong one, for "did you mean".
     #[must_use]
     pub fn near(&self, name: &str) -> Option<&str> {
-        let wanted = name.to_ascii_lowercase();
-        let distance = |known: &str| {
-            let pairs = wanted.bytes().zip(known.bytes()).take_while(|(one, other)| one == other);
-            let behind = wanted.bytes().rev().zip(known.bytes().rev());
-            let same = pairs.count() + behind.take_while(|(one, other)| one == other).count();
-            (wanted.len().max(known.len())).saturating_sub(same)
-        };
-        let best = self.names.iter().min_by_key(|(known, _)| (distance(known), known.len()))?;
-        if distance(best.0) > 3 {
-            return None;
-        }
-        self.avps.get(best.1).map(|avp| avp.name.as_str())
+        nearest(name, self.avps.values().map(|avp| avp.name.as_str()))
+    }
+
+    /// The application's name nearest to a wrong one.
+    #[must_use]
+    pub fn near_application(&self, name: &str) -> Option<&str> {
+        nearest(name, self.application_names())
+    }
+
+    /// The command's name nearest to a wrong one, long or short.
+    #[must_use]
+    pub fn near_command(&self, name: &str) -> Option<String> {
+        let long = nearest(name, self.commands.iter().map(|(.., long)| long.as_str()));
+        let short: Vec<String> =
+            self.commands.iter().map(|(_, short, _)| format!("{short}R")).collect();
+        let short = || nearest(name, short.iter().map(String::as_str));
+        long.or_else(short).map(str::to_owned)
     }
 
     /// An application's number.
@@ -328,6 +333,24 @@ impl Dictionary {
         let known = self.vendors.iter().find(|(_, known)| *known == number);
         known.map(|(name, _)| name.as_str())
     }
+}
+
+/// The one of `known` that is most like a wrong name: all but a few letters are the same from the
+/// front and from the back.
+fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let wanted = name.to_ascii_lowercase();
+    let distance = |known: &str| {
+        let known = known.to_ascii_lowercase();
+        let longest = wanted.len().max(known.len());
+        let pairs = wanted.bytes().zip(known.bytes()).take_while(|(one, other)| one == other);
+        let behind = wanted.bytes().rev().zip(known.bytes().rev());
+        let same = pairs.count() + behind.take_while(|(one, other)| one == other).count();
+        (longest.saturating_sub(same), longest)
+    };
+    let best = known.map(|known| (distance(known), known)).min()?;
+    // Of a short name one letter may be wrong, of a long one three.
+    let ((wrong, longest), name) = best;
+    (wrong <= 3.min(longest / 3)).then_some(name)
 }
 
 /// A line's words with their columns.

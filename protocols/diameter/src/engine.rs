@@ -1,5 +1,6 @@
 //! The relay of one worker: what comes in goes to peers' upkeep or on its way.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -10,11 +11,13 @@ use strowger_contract::{
 };
 
 use crate::Diameter;
-use crate::answer::Identity;
+use crate::answer::{Identity, result};
 use crate::avp::{Header, Summary};
+use crate::dictionary::Dictionary;
 use crate::duplicates::Duplicates;
 use crate::matching::{DiameterMatch, Matcher, Name};
-use crate::mediation::Changes;
+use crate::mediation::{Changes, Mediation};
+use crate::naming;
 use crate::options::{AnswerTimeout, Application, DiameterOptions, Reroute};
 use crate::overload::Reports;
 use crate::peer::Peer;
@@ -30,7 +33,7 @@ pub(crate) struct Settings {
     pub(crate) options: DiameterOptions,
     pub(crate) listener: String,
     pub(crate) realm: String,
-    pub(crate) routes: Vec<(Matcher, PoolId)>,
+    pub(crate) routes: Vec<Road>,
     pub(crate) classify: Vec<ClassRule<Matcher>>,
     pub(crate) pool: Option<PoolId>,
     pub(crate) pools: Vec<PoolId>,
@@ -38,11 +41,21 @@ pub(crate) struct Settings {
     pub(crate) workers: u8,
     pub(crate) started: u32,
     pub(crate) peers: Vec<Name>,
+    pub(crate) dictionary: Cow<'static, Dictionary>,
+    pub(crate) applications: Vec<u32>,
     pub(crate) stateless: Vec<u32>,
     pub(crate) creators: Vec<u32>,
     pub(crate) followers: Vec<u32>,
     pub(crate) answer_timeouts: Vec<Timeout>,
     pub(crate) reroutes: Vec<(Option<u32>, u32)>,
+}
+
+/// A route, ready for messages.
+pub(crate) struct Road {
+    matcher: Matcher,
+    pool: PoolId,
+    /// What is done to messages that take it; `None`: nothing.
+    rules: Option<Rc<Mediation>>,
 }
 
 /// One of `answer_timeouts`.
@@ -56,24 +69,43 @@ pub(crate) struct Timeout {
 impl Settings {
     fn new(context: &Context<'_, Diameter>) -> Self {
         let (options, scope) = (context.options.clone(), context.scope);
-        let routes: Vec<_> =
-            scope.routes.iter().map(|(route, pool)| (Matcher::new(route), *pool)).collect();
+        // What is wrong was found when the configuration was loaded.
+        let mut known = Vec::new();
+        let definitions = options.mediation.dictionary(&mut known);
+        let dictionary = &*definitions;
+        let numbers = |list: &[Application]| naming::applications(dictionary, list);
+        let road = |(route, pool): &(DiameterMatch, PoolId)| {
+            let rules = Mediation::new(&route.rules, dictionary, "", &mut Vec::new());
+            Road {
+                matcher: Matcher::new(route, dictionary),
+                pool: *pool,
+                rules: (!rules.is_empty()).then(|| Rc::new(rules)),
+            }
+        };
+        let routes: Vec<Road> = scope.routes.iter().map(road).collect();
         let mut pools: Vec<PoolId> =
-            routes.iter().map(|(.., pool)| *pool).chain(scope.pool).collect();
+            routes.iter().map(|road| road.pool).chain(scope.pool).collect();
         pools.sort();
         pools.dedup();
         let timeout = |entry: &AnswerTimeout| Timeout {
             applications: numbers(&entry.application),
-            commands: entry.command.clone(),
+            commands: entry
+                .command
+                .iter()
+                .filter_map(|command| naming::commands(dictionary, command).ok())
+                .flatten()
+                .collect(),
             priority: entry.priority,
             timeout: entry.timeout.0,
         };
         let reroute = |entry: &Reroute| match entry {
             Reroute::Code(code) => (None, *code),
-            Reroute::Of { application, code } => (application.number(), *code),
+            Reroute::Of { application, code } => {
+                (naming::application(dictionary, application).ok(), *code)
+            }
         };
         let rule = |rule: &ClassRule<DiameterMatch>| ClassRule {
-            matching: Matcher::new(&rule.matching),
+            matching: Matcher::new(&rule.matching, dictionary),
             class: rule.class,
             even_carried: rule.even_carried,
         };
@@ -86,12 +118,14 @@ impl Settings {
                 options.origin_realm.clone()
             },
             peers: options.peers.iter().map(|peer| Name::new(peer)).collect(),
+            applications: numbers(&options.applications),
             stateless: numbers(&options.stateless),
             creators: numbers(&options.bindings.create),
             followers: numbers(&options.bindings.follow),
             answer_timeouts: options.answer_timeouts.iter().map(timeout).collect(),
             reroutes: options.reroute_on.iter().map(reroute).collect(),
             options,
+            dictionary: definitions,
             routes,
             pool: scope.pool,
             pools,
@@ -103,32 +137,45 @@ impl Settings {
 
     /// What is done to messages; the options were checked when they were loaded.
     fn changes(&self) -> Changes {
-        Changes::new(&self.options.mediation, &self.realm, &mut Vec::new())
+        Changes::new(&self.options.mediation, &self.realm, &self.dictionary, &mut Vec::new())
     }
 
     pub(crate) fn identity(&self) -> Identity<'_> {
         Identity { host: &self.options.origin_host, realm: &self.realm }
     }
 
-    /// The pool of the first route that matches, else the listener's.
+    /// The pool of the first route that matches, and its rules; else the listener's pool.
     pub(crate) fn pool_for(
         &self,
         header: &Header,
         summary: &Summary<'_>,
         bytes: &[u8],
-    ) -> Option<PoolId> {
+    ) -> Option<(PoolId, Option<&Rc<Mediation>>)> {
         let mut routes = self.routes.iter();
-        let found = routes.find(|(route, _)| route.matches(header, summary, bytes));
-        found.map(|(_, pool)| *pool).or(self.pool)
+        let found = routes.find(|road| road.matcher.matches(header, summary, bytes));
+        found
+            .map(|road| (road.pool, road.rules.as_ref()))
+            .or_else(|| self.pool.map(|pool| (pool, None)))
+    }
+
+    /// Why no route takes a request (RFC 6733 7.1.3).
+    pub(crate) fn no_route(&self, header: &Header, summary: &Summary<'_>) -> (u32, &'static str) {
+        let mut routes = self.routes.iter();
+        if routes.any(|road| road.matcher.is_for_other_realm(header, summary)) {
+            return (result::REALM_NOT_SERVED, "no route for this realm");
+        }
+        (result::APPLICATION_UNSUPPORTED, "no route for this application")
+    }
+
+    /// What the route of a request does to messages.
+    pub(crate) fn rules_for(&self, request: &[u8]) -> Option<Rc<Mediation>> {
+        let header = Header::read(request)?;
+        self.pool_for(&header, &Summary::of(request), request)?.1.cloned()
     }
 
     pub(crate) fn is_us(&self, host: &[u8]) -> bool {
         host.eq_ignore_ascii_case(self.options.origin_host.as_bytes())
     }
-}
-
-fn numbers(list: &[Application]) -> Vec<u32> {
-    list.iter().filter_map(Application::number).collect()
 }
 
 /// The relay of one worker.

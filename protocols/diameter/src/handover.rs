@@ -66,9 +66,12 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) -> Result<(), Broken> {
-        let saved: Restored = read(saved)?;
+        let mut saved: Restored = read(saved)?;
         if !saved.is_sound() {
             return Err(Broken);
+        }
+        for (_, pending) in saved.pending.iter_mut().filter(|(_, pending)| pending.pool.is_some()) {
+            pending.rules = self.settings.rules_for(&pending.request);
         }
         let expiries: Vec<(u32, Instant, Option<BackendId>)> = saved
             .pending

@@ -8,6 +8,7 @@
 //! | [`build`] | messages of our own |
 //! | [`dictionary`] | names of applications, commands and AVPs, from files |
 //! | [`decode`] | messages in words |
+//! | `naming` | what names in configurations mean |
 //! | `peer` | CER, DWR, DPR with clients and backends |
 //! | `watchdog` | who is alive, who owes answers, goodbyes |
 //! | `pending` | requests under way, by Hop-by-Hop identifier |
@@ -35,6 +36,7 @@ pub mod frame;
 mod handover;
 mod matching;
 pub mod mediation;
+mod naming;
 mod onward;
 pub mod options;
 mod overload;
@@ -71,6 +73,9 @@ impl Protocol for Diameter {
     const SESSION_SPACES: &'static [u8] = &[SPACE];
     const SESSION_KEYS: &'static [&'static str] = &["session-id"];
     const TRACE_KEYS: &'static [&'static str] = trace::KEYS;
+    const ROUTE_KEYS: &'static [&'static str] = &["rules"];
+    const FILE_OPTIONS: &'static [(&'static str, &'static str)] =
+        &[("mediation.dictionary_file", "mediation.dictionary")];
 
     type Options = DiameterOptions;
     type Match = DiameterMatch;

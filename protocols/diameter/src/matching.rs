@@ -4,6 +4,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::avp::{Avp, Avps, Header, Summary};
+use crate::dictionary::Dictionary;
+use crate::mediation::Rule;
+use crate::mediation::rules::{Value, encode, is_text};
+use crate::naming;
 use crate::options::Application;
 use crate::subscriber::Subscriber;
 
@@ -20,8 +24,8 @@ pub struct DiameterMatch {
     pub realm: Option<String>,
     /// The Destination-Host, likewise.
     pub destination_host: Option<String>,
-    /// One of these command codes.
-    pub command: Vec<u32>,
+    /// One of these commands: `CCR`, `Credit-Control`, or the code.
+    pub command: Vec<Value>,
     /// The Origin-Host, likewise.
     pub origin_host: Option<String>,
     /// The Origin-Realm, likewise.
@@ -32,24 +36,39 @@ pub struct DiameterMatch {
     pub msisdn: Vec<String>,
     /// Any AVPs; all must hold.
     pub avp: Vec<AvpMatch>,
+    /// Changes to what takes this route, after the listener's own. A key of the route, not of its
+    /// `match`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<Rule>,
 }
 
 /// An AVP and what it must be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AvpMatch {
-    /// Codes from the top down, vendors before a colon: `443/444`, `10415:1032`.
+    /// Names or codes from the top down, vendors before a colon:
+    /// `Subscription-Id.Subscription-Id-Data`, `443/444`, `10415:1032`.
     pub path: String,
-    /// Its text is one of these, or its number in decimal.
-    pub is: Vec<String>,
+    /// It is one of these, as its type is written: texts, numbers, names of enumerated values.
+    pub is: Vec<Value>,
     /// Its text begins so.
     pub prefix: Option<String>,
 }
 
 impl DiameterMatch {
     /// What is wrong, by paths under the match.
-    pub(crate) fn check(&self) -> Vec<(String, String)> {
+    pub(crate) fn check(&self, dictionary: &Dictionary) -> Vec<(String, String)> {
         let mut wrong = Vec::new();
+        for (index, application) in self.application.iter().enumerate() {
+            if let Err(message) = naming::application(dictionary, application) {
+                wrong.push((format!("application[{index}]"), message));
+            }
+        }
+        for (index, command) in self.command.iter().enumerate() {
+            if let Err(message) = naming::commands(dictionary, command) {
+                wrong.push((format!("command[{index}]"), message));
+            }
+        }
         for (key, list) in [("imsi", &self.imsi), ("msisdn", &self.msisdn)] {
             for (index, text) in list.iter().enumerate() {
                 if Digits::read(text).is_none() {
@@ -61,12 +80,8 @@ impl DiameterMatch {
             }
         }
         for (index, avp) in self.avp.iter().enumerate() {
-            if path(&avp.path).is_none() {
-                let message = format!(
-                    "`{}` is no path of at most {DEPTH_MAX} codes such as `443/444` or `10415:1032`",
-                    avp.path
-                );
-                wrong.push((format!("avp[{index}].path"), message));
+            if let Err((key, message)) = Wanted::read(avp, dictionary) {
+                wrong.push((format!("avp[{index}].{key}"), message));
             }
         }
         wrong
@@ -109,13 +124,69 @@ impl Digits {
     }
 }
 
-fn path(text: &str) -> Option<Vec<(u32, u32)>> {
-    let step = |step: &str| match step.split_once(':') {
-        Some((vendor, code)) => Some((vendor.parse().ok()?, code.parse().ok()?)),
-        None => Some((0, step.parse().ok()?)),
-    };
-    let steps: Option<Vec<(u32, u32)>> = text.split('/').map(step).collect();
-    steps.filter(|steps| steps.len() <= DEPTH_MAX)
+/// What an AVP must be, ready for messages.
+#[derive(Clone, Debug)]
+struct Wanted {
+    path: Vec<(u32, u32)>,
+    /// One of these, if any.
+    is: Vec<Is>,
+    prefix: Option<Vec<u8>>,
+}
+
+#[derive(Clone, Debug)]
+enum Is {
+    Data(Vec<u8>),
+    /// Of an AVP that the dictionary does not know: its text, or its number of four bytes.
+    Either(Vec<u8>, Option<u32>),
+}
+
+impl Wanted {
+    /// Reads what the configuration says; on errors the key that is wrong, and why.
+    fn read(avp: &AvpMatch, dictionary: &Dictionary) -> Result<Self, (String, String)> {
+        let (steps, known) = naming::path(dictionary, &avp.path, DEPTH_MAX)
+            .map_err(|message| ("path".to_owned(), message))?;
+        let mut is = Vec::new();
+        for (index, value) in avp.is.iter().enumerate() {
+            is.push(match known {
+                Some(known) => Is::Data(
+                    encode(known, value).map_err(|message| (format!("is[{index}]"), message))?,
+                ),
+                None => {
+                    let text = value.to_string();
+                    let number = text.parse().ok();
+                    Is::Either(text.into_bytes(), number)
+                }
+            });
+        }
+        let prefix = avp.prefix.as_ref().map(|prefix| prefix.as_bytes().to_vec());
+        if let Some(known) = known.filter(|known| prefix.is_some() && !is_text(known.kind)) {
+            let message = format!("{} is a {}, which has no prefix", known.name, known.kind.name());
+            return Err(("prefix".to_owned(), message));
+        }
+        let path = steps.iter().map(|step| (step.vendor, step.code)).collect();
+        Ok(Self { path, is, prefix })
+    }
+
+    fn is_in(&self, avps: Avps<'_>, path: &[(u32, u32)]) -> bool {
+        let Some((&(vendor, code), rest)) = path.split_first() else { return false };
+        let mut named =
+            avps.map_while(Result::ok).filter(|avp| avp.code == code && avp.vendor == vendor);
+        if rest.is_empty() {
+            return named.any(|avp| self.holds(&avp));
+        }
+        named.any(|avp| self.is_in(Avps::within(avp.data), rest))
+    }
+
+    fn holds(&self, avp: &Avp<'_>) -> bool {
+        let is = |wanted: &Is| match wanted {
+            Is::Data(wanted) => wanted == avp.data,
+            Is::Either(text, number) => {
+                text == avp.data || number.is_some_and(|number| avp.number() == Some(number))
+            }
+        };
+        let begins = self.prefix.as_ref().is_none_or(|prefix| avp.data.starts_with(prefix));
+        begins && (self.is.is_empty() || self.is.iter().any(is))
+    }
 }
 
 /// A match, ready for messages.
@@ -129,7 +200,7 @@ pub(crate) struct Matcher {
     origin_realm: Option<Name>,
     imsi: Vec<Digits>,
     msisdn: Vec<Digits>,
-    avps: Vec<(Vec<(u32, u32)>, AvpMatch)>,
+    avps: Vec<Wanted>,
 }
 
 /// A host or realm, or all under it.
@@ -157,23 +228,24 @@ impl Name {
 }
 
 impl Matcher {
-    pub(crate) fn new(wanted: &DiameterMatch) -> Self {
+    pub(crate) fn new(wanted: &DiameterMatch, dictionary: &Dictionary) -> Self {
         let name = |text: &Option<String>| text.as_deref().map(Name::new);
         let digits = |list: &[String]| list.iter().filter_map(|text| Digits::read(text)).collect();
         Self {
-            applications: wanted.application.iter().filter_map(Application::number).collect(),
-            commands: wanted.command.clone(),
+            applications: naming::applications(dictionary, &wanted.application),
+            commands: wanted
+                .command
+                .iter()
+                .filter_map(|command| naming::commands(dictionary, command).ok())
+                .flatten()
+                .collect(),
             realm: name(&wanted.realm),
             host: name(&wanted.destination_host),
             origin_host: name(&wanted.origin_host),
             origin_realm: name(&wanted.origin_realm),
             imsi: digits(&wanted.imsi),
             msisdn: digits(&wanted.msisdn),
-            avps: wanted
-                .avp
-                .iter()
-                .filter_map(|avp| Some((path(&avp.path)?, avp.clone())))
-                .collect(),
+            avps: wanted.avp.iter().filter_map(|avp| Wanted::read(avp, dictionary).ok()).collect(),
         }
     }
 
@@ -188,7 +260,14 @@ impl Matcher {
             && is(&self.origin_host, summary.origin_host)
             && is(&self.origin_realm, summary.origin_realm)
             && self.matches_subscriber(bytes)
-            && self.avps.iter().all(|(path, wanted)| wanted.is_in(Avps::of(bytes), path))
+            && self.avps.iter().all(|wanted| wanted.is_in(Avps::of(bytes), &wanted.path))
+    }
+
+    /// Whether it would take the application if it were for another realm.
+    pub(crate) fn is_for_other_realm(&self, header: &Header, summary: &Summary<'_>) -> bool {
+        let found = summary.destination_realm.unwrap_or_default();
+        (self.applications.is_empty() || self.applications.contains(&header.application))
+            && self.realm.as_ref().is_some_and(|wanted| !wanted.matches(found))
     }
 
     fn matches_subscriber(&self, bytes: &[u8]) -> bool {
@@ -201,28 +280,6 @@ impl Matcher {
                 || found.is_some_and(|found| wanted.iter().any(|wanted| wanted.matches(found)))
         };
         is(&self.imsi, subscriber.imsi) && is(&self.msisdn, subscriber.msisdn)
-    }
-}
-
-impl AvpMatch {
-    fn is_in(&self, avps: Avps<'_>, path: &[(u32, u32)]) -> bool {
-        let Some((&(vendor, code), rest)) = path.split_first() else { return false };
-        let mut named =
-            avps.map_while(Result::ok).filter(|avp| avp.code == code && avp.vendor == vendor);
-        if rest.is_empty() {
-            return named.any(|avp| self.holds(&avp));
-        }
-        named.any(|avp| self.is_in(Avps::within(avp.data), rest))
-    }
-
-    fn holds(&self, avp: &Avp<'_>) -> bool {
-        let is = |wanted: &String| {
-            wanted.as_bytes() == avp.data
-                || avp.number().is_some_and(|number| wanted.parse() == Ok(number))
-        };
-        let begins =
-            self.prefix.as_ref().is_none_or(|prefix| avp.data.starts_with(prefix.as_bytes()));
-        begins && (self.is.is_empty() || self.is.iter().any(is))
     }
 }
 
@@ -248,7 +305,7 @@ mod tests {
 
     fn matches(wanted: &DiameterMatch, bytes: &[u8]) -> bool {
         let header = Header::read(bytes).expect("a header");
-        Matcher::new(wanted).matches(&header, &Summary::of(bytes), bytes)
+        Matcher::new(wanted, Dictionary::built_in()).matches(&header, &Summary::of(bytes), bytes)
     }
 
     #[test]
@@ -265,10 +322,10 @@ mod tests {
             ("001010000000123", true),
         ] {
             assert_eq!(matches(&imsi(text), &bytes), wanted, "{text}");
-            assert!(imsi(text).check().is_empty());
+            assert!(imsi(text).check(Dictionary::built_in()).is_empty());
         }
         for bad in ["", "*", "12a", "5-4", "1-22", "123456789012345678901"] {
-            assert_eq!(imsi(bad).check().len(), 1, "{bad}");
+            assert_eq!(imsi(bad).check(Dictionary::built_in()).len(), 1, "{bad}");
         }
     }
 
@@ -294,7 +351,7 @@ mod tests {
         let avp = |path: &str, is: &[&str], prefix: Option<&str>| DiameterMatch {
             avp: vec![AvpMatch {
                 path: path.into(),
-                is: is.iter().map(|text| (*text).to_owned()).collect(),
+                is: is.iter().map(|text| Value::Text((*text).to_owned())).collect(),
                 prefix: prefix.map(str::to_owned),
             }],
             ..DiameterMatch::default()
@@ -303,9 +360,16 @@ mod tests {
         assert!(matches(&avp("443/444", &[], Some("0010")), &bytes));
         assert!(matches(&avp("443/450", &["1"], None), &bytes));
         assert!(matches(&avp("416", &["2", "1"], None), &bytes));
+        let imsi = "Subscription-Id.Subscription-Id-Data";
+        assert!(matches(&avp(imsi, &[], Some("0010")), &bytes));
+        assert!(matches(&avp("Subscription-Id/450", &["END_USER_IMSI"], None), &bytes));
+        assert!(matches(&avp("CC-Request-Type", &["INITIAL_REQUEST"], None), &bytes));
+        assert!(!matches(&avp("cc-request-type", &["UPDATE_REQUEST"], None), &bytes));
+        assert_eq!(avp("CC-Request-Type", &["FIRST"], None).check(Dictionary::built_in()).len(), 1);
+        assert_eq!(avp("CC-Request-Type", &[], Some("x")).check(Dictionary::built_in()).len(), 1);
         assert!(!matches(&avp("10415:416", &[], None), &bytes));
         assert!(!matches(&avp("1032", &[], None), &bytes));
-        assert_eq!(avp("a/b", &[], None).check().len(), 1);
-        assert_eq!(avp("1/2/3/4/5", &[], None).check().len(), 1);
+        assert_eq!(avp("a/b", &[], None).check(Dictionary::built_in()).len(), 1);
+        assert_eq!(avp("1/2/3/4/5", &[], None).check(Dictionary::built_in()).len(), 1);
     }
 }

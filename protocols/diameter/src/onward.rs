@@ -70,10 +70,11 @@ impl DiameterEngine {
         if header.flags & FLAG_RETRANSMITTED != 0 && self.came_before(now, asked, out) {
             return;
         }
-        let Some(pool) = self.settings.pool_for(header, summary, message.bytes) else {
-            let what = (result::APPLICATION_UNSUPPORTED, "no route for this application");
+        let Some((pool, rules)) = self.settings.pool_for(header, summary, message.bytes) else {
+            let what = self.settings.no_route(header, summary);
             return self.refuse_early(now, message, class, what, None, out);
         };
+        let rules = rules.cloned();
         let remembered =
             summary.session_id.is_some() && !self.settings.is_stateless(header, summary);
         let is_bound = !router.bind_keys(pool).is_empty();
@@ -118,6 +119,7 @@ impl DiameterEngine {
             to: message.from,
             backend: None,
             pool: Some(pool),
+            rules,
             session: remembered.then_some(session),
             place: session,
             ends_session: classify::ends_session(header, summary),
@@ -215,11 +217,12 @@ impl DiameterEngine {
         if let Some(answer) = self.duplicates.find(duplicates::key(host, end_to_end)) {
             out.note(Note::Count("diameter_duplicates_answered"));
             let client = self.identity_of(message.from).unwrap_or_default();
+            let rules = self.settings.rules_for(message.bytes);
             let changes = &mut self.changes;
             out.send(message.from, ClassId::CONTROL, |bytes| {
                 let start = bytes.len();
                 rewrite::answer(&answer, asked.header.hop_by_hop, bytes);
-                changes.for_client(bytes, start, &client);
+                changes.for_client(bytes, start, &client, rules.as_deref());
             });
             let outcome = RequestOutcome::Met;
             note(now, message.arrived, asked.class, outcome, None, std::time::Duration::ZERO, out);
@@ -513,7 +516,7 @@ impl DiameterEngine {
                 tell_features(bytes, start);
             }
             if fits {
-                applied = changes.for_backend(bytes, start);
+                applied = changes.for_backend(bytes, start, pending.rules.as_deref());
             }
         });
         applied.note(out);

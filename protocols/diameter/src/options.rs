@@ -7,37 +7,11 @@ use serde::{Deserialize, Serialize};
 use strowger_contract::duration::Span;
 use strowger_contract::{OptionsError, Scope};
 
-pub use crate::matching::{AvpMatch, DiameterMatch};
+use crate::mediation::Mediation;
+pub use crate::mediation::rules::Value;
+use crate::naming;
 
-/// Applications by the names that operators use (RFC 6733, 4006, 3GPP TS 29.230).
-const APPLICATIONS: [(&str, u32); 26] = [
-    ("base", 0),
-    ("nasreq", 1),
-    ("acct", 3),
-    ("rf", 3),
-    ("gy", 4),
-    ("ro", 4),
-    ("credit-control", 4),
-    ("eap", 5),
-    ("sip", 6),
-    ("cx", 16_777_216),
-    ("sh", 16_777_217),
-    ("re", 16_777_218),
-    ("wx", 16_777_219),
-    ("gq", 16_777_222),
-    ("rx", 16_777_236),
-    ("gx", 16_777_238),
-    ("sta", 16_777_250),
-    ("s6a", 16_777_251),
-    ("s13", 16_777_252),
-    ("slg", 16_777_255),
-    ("swx", 16_777_265),
-    ("s9", 16_777_267),
-    ("gxx", 16_777_266),
-    ("s6b", 16_777_272),
-    ("slh", 16_777_291),
-    ("sy", 16_777_302),
-];
+pub use crate::matching::{AvpMatch, DiameterMatch};
 
 /// An application, by name or number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -47,20 +21,6 @@ pub enum Application {
     Number(u32),
     /// Its name.
     Name(String),
-}
-
-impl Application {
-    /// Its number, if the name is known.
-    #[must_use]
-    pub fn number(&self) -> Option<u32> {
-        match self {
-            Self::Number(number) => Some(*number),
-            Self::Name(name) => {
-                let known = APPLICATIONS.iter().find(|(known, _)| known.eq_ignore_ascii_case(name));
-                known.map(|(_, number)| *number)
-            }
-        }
-    }
 }
 
 /// A Diameter listener's options.
@@ -127,9 +87,9 @@ pub struct AnswerTimeout {
     /// Of one of these applications; empty: of all.
     #[serde(default)]
     pub application: Vec<Application>,
-    /// Of one of these command codes; empty: of all.
+    /// Of one of these commands, by name or code; empty: of all.
     #[serde(default)]
-    pub command: Vec<u32>,
+    pub command: Vec<Value>,
     /// Of this DRMP priority (RFC 7944) or a more urgent one, 0 to 15.
     #[serde(default)]
     pub priority: Option<u8>,
@@ -304,30 +264,27 @@ pub(crate) fn check(scope: &Scope<DiameterMatch>, options: &DiameterOptions) -> 
     if options.duplicates > Span::secs(600) {
         wrong("duplicates".into(), "must be at most 10m (RFC 6733 3 says 4 minutes)".into());
     }
-    for (index, (route, _)) in scope.routes.iter().enumerate() {
-        for (path, message) in route.check() {
-            wrong(format!("routes[{index}].match.{path}"), message);
-        }
-    }
     let realm = if options.origin_realm.is_empty() { &scope.realm } else { &options.origin_realm };
     let mut unfit = Vec::new();
-    let _checked = crate::mediation::Changes::new(&options.mediation, realm, &mut unfit);
+    let dictionary = options.mediation.dictionary(&mut unfit);
+    let dictionary = &*dictionary;
+    let _checked =
+        crate::mediation::Changes::new(&options.mediation, realm, dictionary, &mut unfit);
+    for (index, (route, _)) in scope.routes.iter().enumerate() {
+        for (path, message) in route.check(dictionary) {
+            wrong(format!("routes[{index}].match.{path}"), message);
+        }
+        let place = format!("routes[{index}].rules");
+        let _checked = Mediation::new(&route.rules, dictionary, &place, &mut unfit);
+    }
     for error in unfit {
         wrong(error.path, error.message);
     }
     let mut names = |path: String, list: &[Application]| {
-        for (index, application) in
-            list.iter().enumerate().filter(|(_, application)| application.number().is_none())
-        {
-            let known: Vec<&str> = APPLICATIONS.iter().map(|(name, _)| *name).collect();
-            let Application::Name(name) = application else { continue };
-            wrong(
-                format!("{path}[{index}]"),
-                format!(
-                    "unknown application `{name}`; write a number or one of {}",
-                    known.join(", ")
-                ),
-            );
+        for (index, application) in list.iter().enumerate() {
+            if let Err(message) = naming::application(dictionary, application) {
+                wrong(format!("{path}[{index}]"), message);
+            }
         }
     };
     names("applications".into(), &options.applications);
@@ -343,8 +300,12 @@ pub(crate) fn check(scope: &Scope<DiameterMatch>, options: &DiameterOptions) -> 
             names(path, std::slice::from_ref(application));
         }
     }
-    for (index, (route, _)) in scope.routes.iter().enumerate() {
-        names(format!("routes[{index}].match.application"), &route.application);
+    for (index, entry) in options.answer_timeouts.iter().enumerate() {
+        for (at, command) in entry.command.iter().enumerate() {
+            if let Err(message) = naming::commands(dictionary, command) {
+                wrong(format!("answer_timeouts[{index}].command[{at}]"), message);
+            }
+        }
     }
     errors
 }

@@ -11,8 +11,8 @@ use strowger_contract::{
 
 use crate::SPACE;
 use crate::answer::result;
-use crate::avp::{Avps, FLAG_ERROR, FLAG_REQUEST, Header, VENDOR_3GPP, code};
-use crate::build::Builder;
+use crate::avp::{AVP_MANDATORY, Avps, FLAG_ERROR, FLAG_REQUEST, Header, VENDOR_3GPP, code};
+use crate::build::{Builder, append};
 use crate::engine::DiameterEngine;
 use crate::onward::unbind_refused;
 use crate::overload::Buckets;
@@ -161,8 +161,7 @@ impl DiameterEngine {
     /// Our applications: those configured, those that the pools' backends told, and relay.
     fn applications(&self, router: &dyn Router) -> Vec<u32> {
         let options = &self.settings.options;
-        let mut list: Vec<u32> =
-            options.applications.iter().filter_map(crate::options::Application::number).collect();
+        let mut list = self.settings.applications.clone();
         for pool in &self.settings.pools {
             router.capabilities(*pool, &mut |application| list.push(application));
         }
@@ -231,7 +230,7 @@ impl DiameterEngine {
             (CAPABILITIES_EXCHANGE, false) => self.on_cea(now, from, bytes, router, out),
             (DEVICE_WATCHDOG, true) => {
                 self.note_state(now, from, bytes, router, out);
-                self.answer_peer(from, header, result::SUCCESS, None, out);
+                self.answer_peer(from, header, result::SUCCESS, None, None, out);
             }
             (DEVICE_WATCHDOG, false) => self.on_dwa(now, from, bytes, router, out),
             (DISCONNECT_PEER, true) => self.on_dpr(now, from, bytes, header, router, out),
@@ -345,6 +344,7 @@ impl DiameterEngine {
         header: &Header,
         code_of_result: u32,
         text: Option<&str>,
+        failed: Option<&[u8]>,
         out: &mut Outbox,
     ) {
         let identity = self.settings.identity();
@@ -361,6 +361,9 @@ impl DiameterEngine {
             if let Some(text) = text {
                 builder = builder.avp(code::ERROR_MESSAGE, 0, text.as_bytes());
             }
+            if let Some(failed) = failed {
+                builder = builder.bytes(code::FAILED_AVP, failed);
+            }
             builder.finish();
         });
     }
@@ -375,24 +378,34 @@ impl DiameterEngine {
     ) {
         let Endpoint::Client(flow) = from else {
             // A backend that introduces itself on our connection mistakes its role.
-            return self.answer_peer(from, header, 5_012, Some("we opened this connection"), out);
+            let (what, text) = (result::UNABLE_TO_COMPLY, "we opened this connection");
+            return self.answer_peer(from, header, what, Some(text), None, out);
         };
         let told = Told::read(bytes);
-        let refuse = |engine: &Self, code_of_result: u32, text: &str, out: &mut Outbox| {
-            engine.answer_peer(from, header, code_of_result, Some(text), out);
+        let refuse_for = |engine: &Self,
+                          (code_of_result, text): (u32, &str),
+                          failed: Option<&[u8]>,
+                          out: &mut Outbox| {
+            engine.answer_peer(from, header, code_of_result, Some(text), failed, out);
             out.note(Note::Count("diameter_peers_refused"));
             out.event(Level::Warn, "diameter_peer_refused", || {
                 format!("{}: {text}", String::from_utf8_lossy(told.host))
             });
             out.close(from, Closing::Flushed);
         };
+        let refuse = |engine: &Self, code_of_result: u32, text: &str, out: &mut Outbox| {
+            refuse_for(engine, (code_of_result, text), None, out);
+        };
         if told.host.is_empty() || told.realm.is_empty() {
-            return refuse(
-                self,
-                result::MISSING_AVP,
-                "Origin-Host or Origin-Realm is missing",
-                out,
-            );
+            let missing = if told.host.is_empty() { code::ORIGIN_HOST } else { code::ORIGIN_REALM };
+            // RFC 6733 7.5: an example of the AVP, its data zeroes.
+            let mut failed = Vec::new();
+            append(&mut failed, missing, AVP_MANDATORY, &[0]);
+            let what = (result::MISSING_AVP, "Origin-Host or Origin-Realm is missing");
+            return refuse_for(self, what, Some(&failed), out);
+        }
+        if let Some((what, failed)) = self.unfit(bytes) {
+            return refuse_for(self, what, Some(failed), out);
         }
         if !self.clients.get(&flow).is_none_or(|peer| peer.may_be(told.host)) {
             let text = "the certificate is not for this Origin-Host";
@@ -443,6 +456,21 @@ impl DiameterEngine {
         out.event(Level::Info, "diameter_client_open", || {
             String::from_utf8_lossy(told.host).into_owned()
         });
+    }
+
+    /// The first AVP of a CER that must not be passed over: only what is for this node itself is
+    /// looked at so, never what is relayed (RFC 6733 4.1).
+    fn unfit<'m>(&self, cer: &'m [u8]) -> Option<((u32, &'static str), &'m [u8])> {
+        const RESERVED: u8 = 0x1f;
+        Avps::of(cer).map_while(Result::ok).find_map(|avp| {
+            if avp.flags & RESERVED != 0 {
+                let what = (result::INVALID_AVP_BITS, "reserved bits of an AVP are set");
+                return Some((what, avp.whole));
+            }
+            let known = self.settings.dictionary.avp(avp.vendor, avp.code).is_some();
+            let what = (result::AVP_UNSUPPORTED, "an AVP with M is not in the dictionary");
+            (avp.flags & AVP_MANDATORY != 0 && !known).then_some((what, avp.whole))
+        })
     }
 
     /// Lets other workers find a client by its identity, or no longer.
@@ -530,7 +558,7 @@ impl DiameterEngine {
                 _ => {}
             }
         }
-        self.answer_peer(from, header, result::SUCCESS, None, out);
+        self.answer_peer(from, header, result::SUCCESS, None, None, out);
         if let Some(peer) = self.peer(from) {
             peer.state = State::Leaving;
             peer.since = now;

@@ -3,10 +3,13 @@
 //! The identifier is 6 bits of worker, 8 of generation, 18 of slot: the answer says by itself which
 //! worker waits for it, and one that comes late finds another generation.
 
+use std::rc::Rc;
 use std::time::Instant;
 
 use strowger_contract::handover::Broken;
 use strowger_contract::{BackendId, ClassId, Endpoint, PoolId, SessionKey, WorkerId};
+
+use crate::mediation::Mediation;
 
 /// Slots of one worker.
 pub(crate) const SLOTS_MAX: u32 = 1 << 18;
@@ -33,6 +36,9 @@ pub(crate) struct Pending {
     /// The backend that the router awaits an outcome of.
     pub(crate) backend: Option<BackendId>,
     pub(crate) pool: Option<PoolId>,
+    /// What its route does to messages, also if the configuration changes meanwhile.
+    #[serde(skip)]
+    pub(crate) rules: Option<Rc<Mediation>>,
     /// The session, if it is to be remembered.
     pub(crate) session: Option<SessionKey>,
     /// What it is placed by.

@@ -11,6 +11,7 @@ use crate::avp::{
     Avps, BadLength, FLAG_ERROR, FLAG_PROXIABLE, HEADER_BYTES, Header, Summary, code,
 };
 use crate::engine::DiameterEngine;
+use crate::frame::is_sound;
 use crate::peer::{CAPABILITIES_EXCHANGE, State};
 
 /// A request that may go on.
@@ -31,6 +32,9 @@ impl DiameterEngine {
     ) {
         let bytes = message.bytes;
         let Some(header) = Header::read(bytes) else { return out.drop_message("too_short") };
+        if !is_sound(bytes) {
+            return self.refuse_framing(message, &header, out);
+        }
         self.heard(now, message.from, &header, router);
         let introduced = self.peer(message.from).map(|peer| peer.state != State::Introducing);
         if introduced == Some(false) && header.command != CAPABILITIES_EXCHANGE {
@@ -54,6 +58,21 @@ impl DiameterEngine {
         } else {
             self.on_answer(now, message, &header, router, out);
         }
+    }
+
+    /// What follows a message of another version or of an odd length cannot be trusted: it is answered
+    /// (RFC 6733 7.1.5), and the connection ends.
+    fn refuse_framing(&self, message: &Message<'_>, header: &Header, out: &mut Outbox) {
+        let (code_of_result, text) = if message.bytes[0] == 1 {
+            (result::INVALID_MESSAGE_LENGTH, "the length is no multiple of four")
+        } else {
+            (result::UNSUPPORTED_VERSION, "the version is not 1")
+        };
+        out.drop_message("bad_framing");
+        if header.is_request() {
+            self.refuse(message, code_of_result, text, None, out);
+        }
+        out.close(message.from, Closing::Flushed);
     }
 
     pub(crate) fn refuse(
@@ -99,12 +118,11 @@ impl DiameterEngine {
         if header.flags & FLAG_ERROR != 0 {
             return no((result::INVALID_HDR_BITS, "E must not be set in a request"), None);
         }
+        if message.bytes.len() == HEADER_BYTES {
+            return no((result::INVALID_MESSAGE_LENGTH, "the message has no AVPs"), None);
+        }
         if let Some(bad) = summary.broken {
-            let what = if bad.code == 0 && message.bytes.len() == HEADER_BYTES {
-                (result::INVALID_MESSAGE_LENGTH, "the message has no AVPs")
-            } else {
-                (result::INVALID_AVP_LENGTH, "an AVP has an impossible length")
-            };
+            let what = (result::INVALID_AVP_LENGTH, "an AVP has an impossible length");
             return no(what, Some(bad));
         }
         if header.flags & FLAG_PROXIABLE == 0 {

@@ -39,6 +39,10 @@ pub trait Configure: Send + Sync {
         scope: Scope<Value>,
         options: &Value,
     ) -> Result<Configured, Vec<OptionsError>>;
+    /// Keys of a route that are its own.
+    fn route_keys(&self) -> &'static [&'static str];
+    /// Options that name a file, and those that its text goes to.
+    fn file_options(&self) -> &'static [(&'static str, &'static str)];
     /// The schemas of its options and of its routes' matches.
     fn schemas(&self, generator: &mut schemars::SchemaGenerator) -> (Value, Value);
     /// A health check by its name.
@@ -103,6 +107,14 @@ impl<P: Protocol> Configure for Configurer<P> {
         P::BIND_KEYS
     }
 
+    fn route_keys(&self) -> &'static [&'static str] {
+        P::ROUTE_KEYS
+    }
+
+    fn file_options(&self) -> &'static [(&'static str, &'static str)] {
+        P::FILE_OPTIONS
+    }
+
     fn configure(
         &self,
         scope: Scope<Value>,
@@ -115,8 +127,19 @@ impl<P: Protocol> Configure for Configurer<P> {
         let match_keys = known_keys::<P::Match>();
         for (index, (value, pool)) in scope.routes.iter().enumerate() {
             let path = format!("routes[{index}].match");
+            let before = errors.len();
             if let Some(matching) = read::<P::Match>(value, &path, &match_keys, &mut errors) {
                 routes.push((matching, *pool));
+            }
+            // What is the route's own stands beside its `match`.
+            for error in &mut errors[before..] {
+                let below = error.path.strip_prefix(&format!("{path}."));
+                let own = below.filter(|below| {
+                    P::ROUTE_KEYS.iter().any(|key| below.split(['.', '[']).next() == Some(key))
+                });
+                if let Some(own) = own {
+                    error.path = format!("routes[{index}].{own}");
+                }
             }
         }
         let mut rules = Vec::new();

@@ -86,7 +86,7 @@ impl<'a> Listeners<'a> {
         let pool = pool.filter(|name| {
             self.is_pool(reader, fields.node_of("pool"), &fields.path_of("pool"), name)
         });
-        let routes = self.routes(reader, &fields);
+        let routes = self.routes(reader, &fields, protocol);
         let rules = self.rules(reader, &fields);
         if fields.get("pool").is_none() && fields.get("routes").is_none() {
             let message = "has neither `pool` nor `routes`: its messages would go nowhere";
@@ -131,7 +131,13 @@ impl<'a> Listeners<'a> {
             pool: pool.as_ref().map(id),
             classify: rules.clone(),
         };
-        let options = fields.get("options").map_or(Value::Null, Node::to_json);
+        let mut options = fields.get("options").map_or(Value::Null, Node::to_json);
+        for (file, text) in protocol.file_options() {
+            if let Err(message) = with_text_of(&mut options, file, text) {
+                let (line, column) = raw.node.place(&join("options", file), false);
+                reader.wrong_at(line, column, &join(path, &join("options", file)), message);
+            }
+        }
         let configured = protocol.configure(scope, &options).map_err(|errors| {
             for error in errors {
                 let whole = join(path, &error.path);
@@ -146,7 +152,7 @@ impl<'a> Listeners<'a> {
             .matches
             .iter()
             .zip(&routes)
-            .map(|(matching, (_, pool))| json!({ "match": matching, "pool": pool }))
+            .map(|(matching, (_, pool))| shown_route(matching, protocol.route_keys(), pool))
             .collect();
         let classify: Vec<Value> = configured
             .class_matches
@@ -199,14 +205,35 @@ impl<'a> Listeners<'a> {
         known
     }
 
-    fn routes(&self, reader: &mut Reader, fields: &Fields<'_>) -> Vec<(Value, String)> {
+    fn routes(
+        &self,
+        reader: &mut Reader,
+        fields: &Fields<'_>,
+        protocol: Option<&dyn Configure>,
+    ) -> Vec<(Value, String)> {
+        let own = protocol.map_or(&[][..], Configure::route_keys);
+        let keys = [&["match", "pool"], own].concat();
         let mut routes = Vec::new();
         let Some(node) = fields.get("routes") else { return routes };
         let list = fields.path_of("routes");
         for (index, route) in reader.list(node, &list).iter().enumerate() {
             let path = format!("{list}[{index}]");
-            let Some(route) = reader.fields(route, &path, &["match", "pool"]) else { continue };
-            let matching = route.get("match").map_or(Value::Null, Node::to_json);
+            let Some(route) = reader.fields(route, &path, &keys) else { continue };
+            let mut matching = route.get("match").map_or(Value::Null, Node::to_json);
+            for key in own {
+                if matching.get(key).is_some() {
+                    let path = join(&route.path_of("match"), key);
+                    let message = format!("`{key}` is a key of the route, beside its `match`");
+                    reader.wrong(route.node_of("match"), &path, message);
+                }
+                let Some(value) = route.get(key) else { continue };
+                if matching.is_null() {
+                    matching = json!({});
+                }
+                if let Value::Object(matching) = &mut matching {
+                    matching.insert((*key).to_owned(), value.to_json());
+                }
+            }
             let Some(pool) = route.need_text(reader, "pool") else { continue };
             // Kept even if there is no such pool, so that numbers in paths stay right.
             self.is_pool(reader, route.node_of("pool"), &route.path_of("pool"), &pool);
@@ -575,4 +602,42 @@ fn limits(reader: &mut Reader, fields: &Fields<'_>) -> ListenerLimits {
         reader.wrong(given.node_of("connect"), &given.path_of("connect"), "must be over 0");
     }
     limits
+}
+
+/// A route as it is shown: what is its own stands beside its `match`.
+fn shown_route(matching: &Value, own: &[&str], pool: &str) -> Value {
+    let mut matching = matching.clone();
+    let mut route = serde_json::Map::new();
+    for key in own {
+        let value = matching.as_object_mut().and_then(|matching| matching.remove(*key));
+        route.extend(value.map(|value| ((*key).to_owned(), value)));
+    }
+    route.insert("match".to_owned(), matching);
+    route.insert("pool".to_owned(), pool.into());
+    Value::Object(route)
+}
+
+/// Puts the text of the file that the option at `file` names in front of what the option at `text`
+/// says; nothing if it names none.
+fn with_text_of(options: &mut Value, file: &str, text: &str) -> Result<(), String> {
+    /// A dictionary of all of 3GPP has a few hundred kilobytes.
+    const FILE_BYTES_MAX: u64 = 4 << 20;
+    let pointer = |path: &str| format!("/{}", path.replace('.', "/"));
+    let Some(name) = options.pointer(&pointer(file)).and_then(Value::as_str) else { return Ok(()) };
+    let told = |error: std::io::Error| format!("{name}: {error}");
+    let size = std::fs::metadata(name).map_err(told)?.len();
+    if size > FILE_BYTES_MAX {
+        return Err(format!("{name} has {size} bytes; at most {FILE_BYTES_MAX} are read"));
+    }
+    let mut whole = std::fs::read_to_string(name).map_err(told)?;
+    let (above, key) = text.rsplit_once('.').unwrap_or(("", text));
+    let place = if above.is_empty() { Some(options) } else { options.pointer_mut(&pointer(above)) };
+    if let Some(Value::Object(place)) = place {
+        if let Some(more) = place.get(key).and_then(Value::as_str) {
+            whole.push('\n');
+            whole.push_str(more);
+        }
+        place.insert(key.to_owned(), whole.into());
+    }
+    Ok(())
 }

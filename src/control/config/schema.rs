@@ -91,6 +91,19 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
 
 fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator) -> Value {
     let (options, matching) = protocol.schemas(generator);
+    let mut route = json!({ "match": matching, "pool": { "type": "string" } });
+    for key in protocol.route_keys() {
+        // Read with the match, but written beside it.
+        let name = matching["$ref"].as_str().and_then(|path| path.rsplit('/').next());
+        let known = name.and_then(|name| generator.definitions_mut().get_mut(name));
+        let own = known
+            .and_then(|known| known.get_mut("properties"))
+            .and_then(Value::as_object_mut)
+            .and_then(|properties| properties.remove(*key));
+        if let Some(own) = own {
+            route[*key] = own;
+        }
+    }
     let duration = json!({ "type": "string", "pattern": "^(0|([0-9]+(ms|s|m|h|d))+)$" });
     let bind = json!({ "anyOf": [
         { "type": "string" },
@@ -108,7 +121,7 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
             "pool": { "type": "string" },
             "routes": { "type": "array", "items": {
                 "type": "object", "additionalProperties": false, "required": ["pool"],
-                "properties": { "match": matching, "pool": { "type": "string" } } } },
+                "properties": route } },
             "classify": { "type": "array", "maxItems": 64, "items": {
                 "type": "object", "additionalProperties": false, "required": ["class"],
                 "properties": { "match": matching, "class": { "type": "string" }, "even_carried": { "type": "boolean" } } } },

@@ -19,7 +19,7 @@ use crate::harness::{Edge, alone, free_port};
 const CCR: u32 = 272;
 const CREDIT_CONTROL: u32 = 4;
 
-fn read(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
+pub(super) fn read(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
     loop {
         if let Framing::Message(length) = DiameterFramer.frame(buffer).expect("Diameter") {
             return Some(buffer.drain(..length.get()).collect());
@@ -32,7 +32,7 @@ fn read(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
     }
 }
 
-fn answer_to(request: &[u8], host: &str) -> Vec<u8> {
+pub(super) fn answer_to(request: &[u8], host: &str) -> Vec<u8> {
     let asked = header(request);
     let mut answer = Vec::new();
     let flags = asked.flags & 0x40;
@@ -94,12 +94,12 @@ impl Client {
         Self { stream, buffer: Vec::new() }
     }
 
-    fn send(&mut self, message: &[u8]) {
+    pub(super) fn send(&mut self, message: &[u8]) {
         self.stream.write_all(message).expect("sent");
     }
 
     /// The next message that is not a watchdog request; those are answered.
-    fn next(&mut self) -> Option<Vec<u8>> {
+    pub(super) fn next(&mut self) -> Option<Vec<u8>> {
         loop {
             let message = read(&mut self.stream, &mut self.buffer)?;
             if header(&message).command != DWR || !header(&message).is_request() {
@@ -145,7 +145,7 @@ pub(super) fn ccr(session: &str, application: u32, extra: &[(u32, &str)]) -> Vec
 }
 
 /// Sets the message's length to what it is.
-fn measured(mut message: Vec<u8>) -> Vec<u8> {
+pub(super) fn measured(mut message: Vec<u8>) -> Vec<u8> {
     let length = (message.len() as u32).to_be_bytes();
     message[1..4].copy_from_slice(&length[1..]);
     message

@@ -58,6 +58,18 @@ impl Kit {
 
     /// Starts a daemon that lets everybody of the realm in; a `server` answers by itself.
     pub(crate) fn start(&self, name: &str, server: bool, peers: &[(&str, u16)]) -> Daemon {
+        self.certify(name);
+        self.launch(name, server, peers, false)
+    }
+
+    /// The same with TLS before CER towards all that `peers` names and all that show a certificate; who
+    /// comes in clear is let in at another port. Its certificate and `ca.pem` are in the folder.
+    pub(crate) fn start_over_tls(&self, name: &str, server: bool, peers: &[(&str, u16)]) -> Daemon {
+        self.launch(name, server, peers, true)
+    }
+
+    /// Makes a certificate of its own.
+    fn certify(&self, name: &str) {
         let (certificate, private) = (format!("{name}.pem"), format!("{name}.key"));
         let subject = format!("/CN={name}.example.net");
         self.run(
@@ -78,11 +90,18 @@ impl Kit {
                 &certificate,
             ],
         );
-        let port = free_port();
+    }
+
+    fn launch(&self, name: &str, server: bool, peers: &[(&str, u16)], tls: bool) -> Daemon {
+        let (certificate, private) = (format!("{name}.pem"), format!("{name}.key"));
+        let (clear, secure) = (free_port(), if tls { free_port() } else { 0 });
+        let port = if tls { secure } else { clear };
+        let authority = if tls { "ca.pem" } else { certificate.as_str() };
+        let in_clear = if tls { "" } else { "No_TLS; " };
         let own = if server { "LoadExtension = \"./fd_answers.fdx\";\n" } else { "" };
         let connect = |(name, port): &(&str, u16)| {
             format!(
-                "ConnectPeer = \"{name}.example.net\" {{ ConnectTo = \"127.0.0.1\"; No_TLS; Port = {port}; }};\n"
+                "ConnectPeer = \"{name}.example.net\" {{ ConnectTo = \"127.0.0.1\"; {in_clear}Port = {port}; }};\n"
             )
         };
         let peers: String = peers.iter().map(connect).collect();
@@ -92,14 +111,14 @@ impl Kit {
             format!(
                 "Identity = \"{name}.example.net\";
 Realm = \"example.net\";
-Port = {port};
-SecPort = 0;
+Port = {clear};
+SecPort = {secure};
 No_SCTP;
 No_IPv6;
 TcTimer = 6;
 TwTimer = 6;
 TLS_Cred = \"{certificate}\", \"{private}\";
-TLS_CA = \"{certificate}\";
+TLS_CA = \"{authority}\";
 TLS_DH_File = \"dh.pem\";
 LoadExtension = \"{EXTENSIONS}/acl_wl.fdx\" : \"acl.conf\";
 LoadExtension = \"{EXTENSIONS}/dict_nasreq.fdx\";
@@ -113,7 +132,7 @@ LoadExtension = \"{EXTENSIONS}/dict_dcca.fdx\";
         let log = self.folder.join(format!("{name}.log"));
         let process = Process::spawn(&mut command, &log);
         wait_for_tcp(port);
-        Daemon { process, port, log }
+        Daemon { process, port, clear, log }
     }
 }
 
@@ -121,6 +140,8 @@ LoadExtension = \"{EXTENSIONS}/dict_dcca.fdx\";
 pub(crate) struct Daemon {
     pub(crate) process: Process,
     pub(crate) port: u16,
+    /// Where it takes who comes without TLS; the same, if it takes none with it.
+    pub(crate) clear: u16,
     log: PathBuf,
 }
 

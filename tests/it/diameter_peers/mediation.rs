@@ -2,7 +2,7 @@
 
 use strowger_diameter::avp::{Avps, Summary, code};
 
-use super::emitted::{Client, ccr, server};
+use super::emitted::{Client, ccr, measured, server};
 use super::{Tap, config, dissects, header, relayed, text, until_up};
 use crate::harness::{Edge, alone, free_port};
 
@@ -76,4 +76,73 @@ fn rules_and_pseudonyms_from_yaml_to_the_wire() {
     // tshark knows no vendor 9999, and says so.
     let known = back.forth().into_iter().filter(|message| avp(message, 9_999, 7).is_none());
     dissects(&front.back().into_iter().chain(known).collect::<Vec<_>>());
+}
+
+/// Routes by names, of which one is only in the operator's dictionary file; each route with rules of
+/// its own, for its requests and their answers.
+#[test]
+fn routes_have_names_and_rules_of_their_own() {
+    let _alone = alone();
+    let (port, one) = (free_port(), free_port());
+    let _mute = server(one, "a.example.net");
+    let (back, front) = (Tap::to(one), Tap::to(port));
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let file = folder.path().join("acme.dict");
+    let definitions = "vendor acme 9999\nvendor-of-avps acme\navp 7 Acme-Note UTF8String -\n";
+    std::fs::write(&file, definitions).expect("written");
+    let route = |note: &str, realm: &str, timeout: u32| {
+        format!(
+            "      - match: {{ application: [Gy], command: [CCR], avp: [ {{ path: Acme-Note, is: [{note}] }}, {{ path: CC-Request-Type, is: [INITIAL_REQUEST] }} ] }}
+        pool: servers
+        rules:
+          - {{ when: {{ message: request }}, set: {{ Destination-Realm: {realm} }}, remove: [Acme-Note] }}
+          - {{ when: {{ message: answer }}, set: {{ Session-Timeout: {timeout} }} }}\n"
+        )
+    };
+    let yaml = config(port, &[("a", back.port)], &format!(
+        ", mediation: {{ dictionary_file: {}, rules: [ {{ when: {{ message: answer }}, set: {{ Session-Timeout: 7 }} }} ] }}",
+        file.display()
+    ))
+    .replace(
+        "    routes: [ { match: { application: [acct, gy] }, pool: servers } ]\n",
+        &format!(
+            "    routes:\n{}{}      - {{ match: {{ application: [gy] }}, pool: servers }}\n",
+            route("gold", "gold.example.net", 90),
+            route("tin", "tin.example.net", 91)
+        ),
+    );
+    assert!(yaml.contains("gold"), "{yaml}");
+    let edge = Edge::start(&yaml);
+    until_up(&edge, &["a"]);
+    let mut client = Client::connect(front.port);
+    assert_eq!(client.introduce("client.example.net", 4), Some(2_001));
+    let noted = |note: &[u8]| {
+        let mut message = ccr("client.example.net;1;1", 4, &[]);
+        message.extend_from_slice(&7u32.to_be_bytes());
+        message.extend_from_slice(&[0x80, 0, 0, 12 + note.len() as u8]);
+        message.extend_from_slice(&9_999u32.to_be_bytes());
+        message.extend_from_slice(note);
+        message.resize(message.len().next_multiple_of(4), 0);
+        measured(message)
+    };
+    for (note, realm, timeout) in [
+        (&b"gold"[..], "gold.example.net", 90),
+        (&b"tin"[..], "tin.example.net", 91),
+        (&b"lead"[..], "example.net", 7),
+    ] {
+        assert_eq!(client.ask(&noted(note)), Some(2_001));
+        let requests = relayed(&back.forth());
+        let got = requests.last().expect("it came");
+        assert_eq!(text(Summary::of(got).destination_realm), realm);
+        assert_eq!(avp(got, 9_999, 7).is_none(), timeout != 7);
+        let answers = front.back();
+        let answer = answers.last().expect("an answer");
+        assert_eq!(avp(answer, 0, 27).as_deref(), Some(&[0, 0, 0, timeout][..]));
+    }
+    // The file is read anew when the configuration is, and a bad one changes nothing.
+    std::fs::write(&file, "avp x").expect("written");
+    let (code, body) = edge.put_config(&yaml);
+    assert!(code == 422 || code == 400, "{code} {body}");
+    assert!(body.contains("dictionary_file") && body.contains("no number"), "{body}");
+    assert_eq!(client.ask(&noted(b"gold")), Some(2_001));
 }

@@ -2,8 +2,10 @@
 //! a client on plain sockets in Python; and tshark's opinion of all that the edge emits.
 
 mod emitted;
+mod errors;
 mod freediameter;
 mod mediation;
+mod secure;
 mod stacks;
 mod tap;
 mod trace;

@@ -19,7 +19,7 @@ use crate::harness::{Edge, Process, alone, free_port, has, wait_for_tcp};
 const IDS: [&str; 3] = ["a", "b", "c"];
 
 /// A client in Python, started.
-fn python(folder: &Path, port: u16, name: &str, kind: &str, sessions: u32) -> Process {
+pub(super) fn python(folder: &Path, port: u16, name: &str, kind: &str, sessions: u32) -> Process {
     let script = folder.join("diameter_client.py");
     fs::write(&script, include_str!("../peers/diameter_client.py")).expect("written");
     let mut command = Command::new("python3");
@@ -29,7 +29,7 @@ fn python(folder: &Path, port: u16, name: &str, kind: &str, sessions: u32) -> Pr
 }
 
 /// What a client in Python says at its end.
-fn verdict(folder: &Path, client: &mut Process, name: &str) -> Value {
+pub(super) fn verdict(folder: &Path, client: &mut Process, name: &str) -> Value {
     let code = client.wait(Duration::from_secs(120));
     let said = fs::read_to_string(folder.join(format!("{name}.log"))).unwrap_or_default();
     assert_eq!(code, Some(0), "{name}: {said}");
@@ -38,7 +38,7 @@ fn verdict(folder: &Path, client: &mut Process, name: &str) -> Value {
 
 /// All answered by 2001, nothing twice, and each session at one server, or at a second one if the
 /// first was the one that died.
-fn is_content(told: &Value, transactions: u32, dead: &str) {
+pub(super) fn is_content(told: &Value, transactions: u32, dead: &str) {
     assert_eq!(told["answered"], transactions, "{told}");
     assert_eq!(told["strangers"], 0, "{told}");
     assert_eq!(told["results"]["2001"], transactions, "{told}");
@@ -49,14 +49,14 @@ fn is_content(told: &Value, transactions: u32, dead: &str) {
 }
 
 /// Erlang's peer, compiled.
-fn compile_otp(folder: &Path) {
+pub(super) fn compile_otp(folder: &Path) {
     fs::write(folder.join("otp_peer.erl"), include_str!("../peers/otp_peer.erl")).expect("written");
     let compiled =
         Command::new("erlc").arg("otp_peer.erl").current_dir(folder).output().expect("it runs");
     assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stdout));
 }
 
-fn erl(folder: &Path, name: &str, call: &str) -> Process {
+pub(super) fn erl(folder: &Path, name: &str, call: &str) -> Process {
     let mut command = Command::new("erl");
     command.args(["-noshell", "-noinput", "-eval", call]).current_dir(folder);
     Process::spawn(&mut command, &folder.join(format!("{name}.log")))

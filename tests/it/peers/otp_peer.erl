@@ -1,6 +1,6 @@
 %% A Diameter client and server on Erlang/OTP's own stack, with the base accounting application.
 -module(otp_peer).
--export([server/1, server/2, client/2, client/4]).
+-export([server/1, server/2, server/3, client/2, client/4, client/5]).
 -export([peer_up/3, peer_down/3, pick_peer/4, prepare_request/3, prepare_retransmit/3,
          handle_answer/4, handle_error/4, handle_request/3]).
 
@@ -11,22 +11,29 @@ service(Host) ->
 
 server(Port) -> server(Port, "server.example.net").
 
-server(Port, Host) ->
+server(Port, Host) -> server(Port, Host, []).
+
+%% Options of the transport: ssl_options for TLS before CER.
+server(Port, Host, Options) ->
+    {ok, _} = application:ensure_all_started(ssl),
     ok = diameter:start(),
     ok = diameter:start_service(srv, service(Host)),
     {ok, _} = diameter:add_transport(srv, {listen, [{transport_module, diameter_tcp},
-        {transport_config, [{reuseaddr, true}, {ip, {127,0,0,1}}, {port, Port}]}]}),
+        {transport_config, [{reuseaddr, true}, {ip, {127,0,0,1}}, {port, Port} | Options]}]}),
     receive stop -> ok end.
 
 client(Port, Count) -> client(Port, Count, "client.example.net", 1).
 
 %% Count requests by each of so many processes at once, each with a session of its own per request.
-client(Port, Count, Host, Parallel) ->
+client(Port, Count, Host, Parallel) -> client(Port, Count, Host, Parallel, []).
+
+client(Port, Count, Host, Parallel, Options) ->
+    {ok, _} = application:ensure_all_started(ssl),
     ok = diameter:start(),
     ok = diameter:start_service(cli, service(Host)),
     true = diameter:subscribe(cli),
     {ok, _} = diameter:add_transport(cli, {connect, [{transport_module, diameter_tcp},
-        {transport_config, [{raddr, {127,0,0,1}}, {rport, Port}]}]}),
+        {transport_config, [{raddr, {127,0,0,1}}, {rport, Port} | Options]}]}),
     up(),
     Self = self(),
     Work = fun() -> Self ! {good, lists:sum([call(Host, N) || N <- lists:seq(1, Count)])} end,

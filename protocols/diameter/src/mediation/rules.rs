@@ -10,6 +10,7 @@ use strowger_contract::{Note, OptionsError, Outbox};
 use super::edit::{DEPTH_MAX, Editor, Step};
 use crate::avp::{Header, code};
 use crate::dictionary::{AvpDefinition, Dictionary, Kind};
+use crate::naming;
 use crate::options::Application;
 
 /// Rules of one listener, at most: each is tried at each message.
@@ -118,6 +119,11 @@ pub struct Applied {
 }
 
 impl Applied {
+    /// What both did.
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self { rules: self.rules + other.rules, too_long: self.too_long || other.too_long }
+    }
+
     /// Counts it.
     pub(crate) fn note(self, out: &mut Outbox) {
         if self.rules > 0 {
@@ -216,29 +222,16 @@ impl<'a> Maker<'a> {
             actions: Vec::new(),
         };
         for (index, application) in when.application.iter().enumerate() {
-            let known = match application {
-                Application::Number(number) => Some(*number),
-                Application::Name(name) => self.dictionary.application(name),
-            };
-            match (known, application) {
-                (Some(number), _) => ready.applications.push(number),
-                (None, Application::Name(name)) => {
-                    let message = format!("there is no application `{name}` in the dictionary");
-                    self.wrong(&format!("when.application[{index}]"), message);
-                }
-                _ => {}
+            match naming::application(self.dictionary, application) {
+                Ok(number) => ready.applications.push(number),
+                Err(message) => self.wrong(&format!("when.application[{index}]"), message),
             }
         }
         for (index, command) in when.command.iter().enumerate() {
-            let codes = match command {
-                Value::Number(number) => u32::try_from(*number).ok().into_iter().collect(),
-                Value::Text(name) => self.dictionary.commands(name),
-            };
-            if codes.is_empty() {
-                let message = format!("there is no command `{command}` in the dictionary");
-                self.wrong(&format!("when.command[{index}]"), message);
+            match naming::commands(self.dictionary, command) {
+                Ok(codes) => ready.commands.extend(codes),
+                Err(message) => self.wrong(&format!("when.command[{index}]"), message),
             }
-            ready.commands.extend(codes);
         }
         for (path, value) in &when.avp {
             let place = format!("when.avp.{path}");
@@ -295,7 +288,7 @@ impl<'a> Maker<'a> {
     /// A path that a rule may change.
     fn target(&mut self, path: &str, place: &str) -> Option<(Vec<Step>, &'a AvpDefinition)> {
         let dictionary = self.dictionary;
-        let first = path.split('.').next().and_then(|name| dictionary.avp_named(name));
+        let first = path.split(['.', '/']).next().and_then(|name| dictionary.avp_named(name));
         if let Some(avp) = first.filter(|avp| avp.vendor == 0 && NOT_FOR_RULES.contains(&avp.code))
         {
             let message = format!("{} is not for rules: the relay needs it as it is", avp.name);
@@ -305,30 +298,14 @@ impl<'a> Maker<'a> {
         self.path(path, place)
     }
 
-    /// A path: names with dots between them, all but the last of groups.
+    /// A path to an AVP that the dictionary knows.
     fn path(&mut self, path: &str, place: &str) -> Option<(Vec<Step>, &'a AvpDefinition)> {
-        let dictionary = self.dictionary;
-        let names: Vec<&str> = path.split('.').collect();
-        if names.len() > DEPTH_MAX {
-            self.wrong(place, format!("has more than {DEPTH_MAX} steps"));
-            return None;
+        match naming::path(self.dictionary, path, DEPTH_MAX) {
+            Ok((steps, Some(avp))) => return Some((steps, avp)),
+            Ok(_) => self.wrong(place, format!("the dictionary does not say what `{path}` is")),
+            Err(message) => self.wrong(place, message),
         }
-        let (mut steps, mut last) = (Vec::new(), None);
-        for (index, name) in names.iter().enumerate() {
-            let Some(avp) = dictionary.avp_named(name) else {
-                let near = dictionary.near(name);
-                let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
-                self.wrong(place, format!("there is no AVP `{name}` in the dictionary{hint}"));
-                return None;
-            };
-            if index + 1 < names.len() && avp.kind != Kind::Grouped {
-                self.wrong(place, format!("{} is a {} and has no members", name, avp.kind.name()));
-                return None;
-            }
-            steps.push(Step { code: avp.code, vendor: avp.vendor, mandatory: avp.mandatory });
-            last = Some(avp);
-        }
-        last.map(|avp| (steps, avp))
+        None
     }
 
     fn wanted(&mut self, avp: &AvpDefinition, value: &Value, place: &str) -> Option<Wanted> {
@@ -351,7 +328,7 @@ impl<'a> Maker<'a> {
     }
 }
 
-fn is_text(kind: Kind) -> bool {
+pub(crate) fn is_text(kind: Kind) -> bool {
     matches!(
         kind,
         Kind::Utf8String
@@ -371,7 +348,7 @@ fn is_fixed(kind: Kind) -> bool {
 ///
 /// # Errors
 /// It cannot be one; what it should be.
-fn encode(avp: &AvpDefinition, value: &Value) -> Result<Vec<u8>, String> {
+pub(crate) fn encode(avp: &AvpDefinition, value: &Value) -> Result<Vec<u8>, String> {
     let wrong = || format!("`{value}` is no {}, which {} is", avp.kind.name(), avp.name);
     let number = || match value {
         Value::Number(number) => Some(*number),
@@ -518,7 +495,7 @@ mod tests {
                 "rules[1].set.Session-Id: Session-Id is not for rules: the relay needs it as it is",
                 "rules[1].set.Subscription-Id: Subscription-Id is a group: name one of its members",
                 "rules[2].add.Origin-Realm.Session-Id: Origin-Realm is a DiameterIdentity and has no members",
-                "rules[3].when.application[0]: there is no application `gxy` in the dictionary",
+                "rules[3].when.application[0]: there is no application `gxy` in the dictionary (its number would do); did you mean `gx`?",
                 "rules[3].when.command[0]: there is no command `XXR` in the dictionary",
                 "rules[4].set.CC-Request-Type: `FIRST` is no number and none of INITIAL_REQUEST, UPDATE_REQUEST, TERMINATION_REQUEST, EVENT_REQUEST",
                 "rules[5].copy.Result-Code: a Unsigned32 cannot be given the data of a DiameterIdentity",

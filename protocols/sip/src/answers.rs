@@ -157,7 +157,7 @@ impl SipEngine {
         }
         if state == State::Open {
             // Before its slot is given back: the call's is free as well for whoever waits.
-            self.bye_ended(now, slot, code, router, out);
+            self.bye_ended(now, slot, (code, false), router, out);
         }
         self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
         if state != State::Open {
@@ -256,7 +256,7 @@ impl SipEngine {
         let refuses = backend.is_some() && self.settings.options.failover_codes.contains(&code);
         let verdict = if code == 503 || refuses { Verdicts::Refused } else { Verdicts::Answered };
         if !was_done && state == State::Open {
-            self.bye_ended(now, slot, code, router, out);
+            self.bye_ended(now, slot, (code, false), router, out);
         }
         self.settle_leg(now, slot, at.1, verdict, router);
         if was_done || state != State::Open {
@@ -355,7 +355,7 @@ impl SipEngine {
         let (method, pool) = (transaction.method, transaction.pool);
         transaction.answered_by = backend;
         if transaction.best.bytes.is_empty() {
-            self.bye_ended(now, slot, code, router, out);
+            self.bye_ended(now, slot, (code, true), router, out);
         }
         let Some(transaction) = self.transactions.get(slot) else { return };
         if transaction.best.bytes.is_empty() {

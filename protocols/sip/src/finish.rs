@@ -265,7 +265,7 @@ impl SipEngine {
         &mut self,
         now: Instant,
         slot: u32,
-        code: u16,
+        (code, by_edge): (u16, bool),
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
@@ -273,9 +273,11 @@ impl SipEngine {
         if transaction.method != Method::Bye {
             return;
         }
+        // It was sent and nobody answered, be it for a timer or a connection that broke.
+        let unanswered = by_edge && !transaction.legs.is_empty();
         let (session, from_backend) = (transaction.session, transaction.from_backend);
         // RFC 3261 12.2.1.2, 15.1.1: 481 and no answer end it as well; 401 and the like do not.
-        if matches!(code, 200..300 | 408 | 481) {
+        if unanswered || matches!(code, 200..300 | 408 | 481) {
             router.forget(now, session);
             self.call_ended(now, session.keyed, from_backend, code, out);
         }

@@ -52,6 +52,11 @@ impl Connection {
         Self::new(stream)
     }
 
+    /// The same connection once more: one writes, the other reads.
+    pub(crate) fn try_clone(&self) -> Self {
+        Self::new(self.stream.try_clone().expect("a handle"))
+    }
+
     /// The next message that is not a watchdog request; those are answered. `None` at the end.
     pub(crate) fn next(&mut self) -> Option<Vec<u8>> {
         loop {

@@ -17,6 +17,7 @@ mod load;
 mod nameserver;
 mod providers;
 mod qos;
+mod qos_load;
 mod registry;
 mod reload;
 mod service;

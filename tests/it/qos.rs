@@ -1,7 +1,7 @@
 //! Slots, queues and refusals through the real binary.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::process::Command;
 use std::thread;
 use std::time::Duration;
@@ -220,4 +220,127 @@ fn diameter_requests_fall_into_the_classes_that_rules_avps_and_sessions_give_the
     };
     assert_eq!(ask(&base), 2_001);
     assert_eq!(ask(&late), 3_004, "its time was over when it came");
+}
+
+/// The node's own descriptors run out, step by step: first bulk is refused, then mobility, then what
+/// is new at all, while sessions and emergencies go on; and all of it is taken back.
+#[test]
+fn short_of_descriptors_the_node_gives_up_step_by_step_and_takes_it_back() {
+    if !has("prlimit") {
+        return;
+    }
+    let (port, sip, backend) = (free_port(), free_port(), free_port());
+    greet(backend);
+    let server = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    let instance = server.local_addr().expect("an address");
+    thread::spawn(move || answer_all(&server));
+    let yaml = format!(
+        "version: 1\nnode: {{ workers: 2 }}\nadmin: {{ listen: ADMIN }}\nbrownout: {{ descriptors: 50, memory: 100, loop_lag: 10s, hysteresis: 200ms }}\nlisteners:\n  - {{ name: db, protocol: tcp, bind: [tcp://127.0.0.1:{port}], pool: db }}\n  - {{ name: sip, protocol: sip, bind: [udp://127.0.0.1:{sip}], pool: ims }}\npools:\n  db:\n    backends: [{{ id: a, address: tcp://127.0.0.1:{backend} }}]\n  ims:\n    backends: [{{ id: a, address: udp://{instance} }}]\n"
+    );
+    let edge = Edge::start(&yaml);
+    let open = || {
+        let folder = format!("/proc/{}/fd", edge.process.id());
+        std::fs::read_dir(folder).expect("the process lives").count()
+    };
+    // Half of it is what counts as full: twice what is open now, and room for 100 flows.
+    let full = open() + 200;
+    let limit = format!("--nofile={0}:{0}", 2 * full);
+    let pid = edge.process.id().to_string();
+    let status = Command::new("prlimit").args(["--pid", &pid, &limit]).status();
+    assert!(status.expect("prlimit runs").success());
+    let client = UdpSocket::bind("127.0.0.1:0").expect("a free port");
+    client.set_read_timeout(Some(Duration::from_secs(10))).expect("an option");
+    client.connect(("127.0.0.1", sip)).expect("an address");
+    let mut number = 0;
+    let mut ask = |method: &str, uri: &str, tag: &str| {
+        number += 1;
+        let me = client.local_addr().expect("an address");
+        let text = format!(
+            "{method} {uri} SIP/2.0\r\nVia: SIP/2.0/UDP {me};branch=z9hG4bK{number}\r\nMax-Forwards: 70\r\nFrom: <sip:a@example.net>;tag=f\r\nTo: <sip:b@example.net>{tag}\r\nCall-ID: c{number}\r\nCSeq: 1 {method}\r\nContact: <sip:a@{me}>\r\nContent-Length: 0\r\n\r\n"
+        );
+        client.send(text.as_bytes()).expect("sent");
+        loop {
+            let mut bytes = [0; 4_096];
+            let count = client.recv(&mut bytes).expect("an answer");
+            let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+            let code = text.split(' ').nth(1).and_then(|code| code.parse::<u16>().ok());
+            if text.contains(&format!("Call-ID: c{number}\r\n")) && code != Some(100) {
+                return code.expect("a code");
+            }
+        }
+    };
+    let uri = "sip:b@example.net";
+    assert_eq!(ask("OPTIONS", uri, ""), 200);
+    let step = |edge: &Edge| edge.metric("strowger_brownout_step", &[]) as u32;
+    let mut flows: Vec<TcpStream> = Vec::new();
+    // (step, what then hears no, and what does not)
+    let stages: [(u32, &[&str], &[&str]); 3] = [
+        (2, &["OPTIONS"], &["REGISTER", "INVITE"]),
+        (3, &["OPTIONS", "REGISTER"], &["INVITE"]),
+        (5, &["OPTIONS", "REGISTER", "INVITE"], &[]),
+    ];
+    for (wanted, refused, taken) in stages {
+        // Steps begin at 0.8, 0.88 and 1.0 of what counts as full.
+        let part = [0.0, 0.72, 0.83, 0.9, 0.0, 1.01][wanted as usize];
+        while (open() as f64) < part * full as f64 {
+            let mut flow = connect(port);
+            flow.set_read_timeout(Some(Duration::from_secs(5))).expect("an option");
+            let greeted = first(&mut flow);
+            flows.push(flow);
+            if greeted.is_none() {
+                assert_eq!(wanted, 5, "{} flows", flows.len());
+                break;
+            }
+        }
+        edge.until("the step", |edge| step(edge) == wanted);
+        for method in refused {
+            assert!([500, 503].contains(&ask(method, uri, "")), "{method} on step {wanted}");
+        }
+        for method in taken {
+            assert_eq!(ask(method, uri, ""), 200, "{method} on step {wanted}");
+        }
+        assert_eq!(ask("INFO", uri, ";tag=t"), 200, "a session, on step {wanted}");
+        assert_eq!(ask("INVITE", "urn:service:sos", ""), 200, "on step {wanted}");
+    }
+    // Nobody is let in: the kernel holds it until there is room again.
+    let mut late = connect(port);
+    late.set_read_timeout(Some(Duration::from_millis(500))).expect("an option");
+    assert_eq!(first(&mut late), None);
+    assert!(edge.log().contains("brownout_step") && edge.log().contains("descriptors"));
+    edge.until("the refusals to be counted", |edge| {
+        edge.metric("strowger_brownout_refused_total", &["class=\"bulk\""]) >= 3.0
+    });
+    flows.clear();
+    edge.until("all is taken back", |edge| step(edge) == 0);
+    late.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+    assert_eq!(first(&mut late), Some(b'a'), "who waited is let in");
+    assert_eq!(ask("OPTIONS", uri, ""), 200);
+    let up = edge.metric("strowger_brownout_steps_total", &["direction=\"up\""]);
+    assert_eq!(up, edge.metric("strowger_brownout_steps_total", &["direction=\"down\""]));
+}
+
+/// Says 200 to every request.
+fn answer_all(server: &UdpSocket) {
+    let mut bytes = [0; 8_192];
+    while let Ok((count, from)) = server.recv_from(&mut bytes) {
+        let text = String::from_utf8_lossy(&bytes[..count]).into_owned();
+        if !text.starts_with("SIP/2.0") && !text.starts_with("ACK ") {
+            let _gone = server.send_to(ok(&text).as_bytes(), from);
+        }
+    }
+}
+
+/// The 200 to a SIP request.
+pub(crate) fn ok(request: &str) -> String {
+    let mut answer = "SIP/2.0 200 OK\r\n".to_owned();
+    for line in request.lines().take_while(|line| !line.is_empty()) {
+        let kept = ["Via:", "From:", "Call-ID:", "CSeq:", "Record-Route:"];
+        if kept.iter().any(|name| line.starts_with(name)) {
+            answer += &format!("{line}\r\n");
+        } else if line.starts_with("To:") {
+            let tag = if line.contains("tag=") { "" } else { ";tag=t" };
+            answer += &format!("{line}{tag}\r\n");
+        }
+    }
+    answer + "Contact: <sip:b@192.0.2.9>\r\nContent-Length: 0\r\n\r\n"
 }

@@ -3,7 +3,7 @@
 //! fast the machine is changes how much is met, not who goes first.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -148,14 +148,28 @@ fn tcp_connections_by_class_at_twice_the_capacity() {
         ));
         let (give, take) = mpsc::channel::<TcpStream>();
         let reader = thread::spawn(move || {
-            // Each ends by itself: served and closed, or reset.
-            for mut stream in take {
-                stream.set_read_timeout(Some(Duration::from_secs(60))).expect("an option");
-                let _ended = stream.read(&mut [0; 1]);
+            // Each ends by itself, served and closed or reset, and is let go at once: the edge gives its
+            // slot back when both sides have ended.
+            let (mut open, mut more) = (Vec::<TcpStream>::new(), true);
+            while more || !open.is_empty() {
+                loop {
+                    match take.try_recv() {
+                        Ok(stream) => open.push(stream),
+                        Err(mpsc::TryRecvError::Empty) => break,
+                        Err(mpsc::TryRecvError::Disconnected) => {
+                            more = false;
+                            break;
+                        }
+                    }
+                }
+                let waits = |error: std::io::Error| error.kind() == ErrorKind::WouldBlock;
+                open.retain_mut(|stream| stream.read(&mut [0; 1]).is_err_and(waits));
+                thread::sleep(Duration::from_millis(1));
             }
         });
         let arrivals = open_loop(|_, class| {
             let stream = TcpStream::connect(("127.0.0.1", ports[class])).expect("it accepts");
+            stream.set_nonblocking(true).expect("an option");
             give.send(stream).expect("the reader lives");
         });
         drop(give);

@@ -13,13 +13,14 @@ pub struct Protocols {
 }
 
 impl Protocols {
-    /// SIP, Diameter, raw TCP.
+    /// SIP, Diameter, raw TCP, raw UDP.
     #[must_use]
     pub fn standard() -> Self {
         Self::default()
             .with::<strowger_sip::Sip>()
             .with::<strowger_diameter::Diameter>()
             .with::<strowger_tcp::Tcp>()
+            .with::<strowger_udp::Udp>()
     }
 
     /// One more.

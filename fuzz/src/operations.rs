@@ -168,7 +168,7 @@ fn check<P: Protocol>(rig: &Rig<P>) {
             Command::Send(frame) => assert!(!rig.out.bytes(&frame.bytes).is_empty()),
             Command::HandOver { to, .. } => assert_eq!(to.0, 0, "there is one worker only"),
             Command::Close(..) | Command::Splice(..) => {}
-            Command::HoldOff(..) | Command::Proven(_) | Command::Resolve { .. } => {}
+            Command::HoldOff(..) | Command::Proven(_) | Command::Resolve { .. } | Command::OpenOutward(..) => {}
         }
     }
 }

@@ -601,6 +601,27 @@ impl Core {
         self.table.get(session.keyed, seconds(now)).map(|(_, class)| class)
     }
 
+    /// As [`Core::table_entry`], with whether it is only remembered.
+    pub(super) fn remembered_entry(
+        &self,
+        session: SessionKey,
+        now: u64,
+    ) -> Option<(BackendId, bool)> {
+        self.table.entry(session.keyed, seconds(now))
+    }
+
+    pub(super) fn remember(
+        &self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) -> Learned {
+        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        self.table.remember(session.keyed, backend, class, seconds(self.clock(now)), ttl)
+    }
+
     pub(super) fn learn(
         &self,
         now: Instant,

@@ -10,7 +10,7 @@ const BLOCK: usize = 1_024;
 /// Backend numbers that are counted: 16 million registrations in a process's life.
 const BLOCKS: usize = 16_384;
 
-/// A backend and how often it had lost its sessions, modulo 128: what tables keep in 31 bits. 128
+/// A backend and how often it had lost its sessions, modulo 64: what tables keep in 30 bits. 64
 /// restarts within one session's ttl are not expected of anybody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Holder(u32);
@@ -21,7 +21,7 @@ impl Holder {
     fn new(backend: BackendId, restarts: u8) -> Self {
         Self(
             backend.0 & ((1 << Self::BACKEND_BITS) - 1)
-                | u32::from(restarts & 0x7f) << Self::BACKEND_BITS,
+                | u32::from(restarts & 0x3f) << Self::BACKEND_BITS,
         )
     }
 

@@ -58,7 +58,7 @@ pub use snapshot::{Backend, Pool, Snapshot};
 pub use spec::{
     AcceptProxy, BackendSpec, Balance, ClientAuth, HealthSpec, InstanceState, ListenerLimits,
     ListenerSpec, NodeSpec, Policy, PoolSpec, QosSpec, SendProxy, Setup, SnapshotSpec,
-    TlsCertificate, TlsClientSpec, TlsServerSpec, TlsVersion, Verify,
+    TlsCertificate, TlsClientSpec, TlsServerSpec, TlsVersion, Verify, WebSocketSpec,
 };
 pub use table::{Learned, SessionTable, TableTotals};
 pub use view::{PoolBackendView, PoolView, SessionView, SessionsView};

@@ -105,8 +105,12 @@ impl CoreRouter {
 
     /// The table names the instance; if that cannot answer, another may take the session over.
     fn tabled(&mut self, at: Instant, now: u64, query: &Query<'_>) -> Option<Verdict> {
-        let backend = self.core.table_entry(query.session, now)?;
+        let (backend, remembered) = self.core.remembered_entry(query.session, now)?;
         let backend = self.snapshot.backend(backend)?;
+        // What is only remembered is no session: it goes on nowhere that takes no new ones.
+        if remembered && (!backend.is_open() || self.core.is_draining()) {
+            return None;
+        }
         let usable = backend.pool == query.pool
             && backend.keeps_sessions()
             && backend.is_linked()
@@ -517,6 +521,23 @@ impl Router for CoreRouter {
         ttl: Duration,
     ) {
         let _what_became_of_it = self.core.hold(now, session, backend, class, ttl);
+    }
+
+    fn remember(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) {
+        let _what_became_of_it = self.core.remember(now, session, backend, class, ttl);
+    }
+
+    fn keeps(&self, now: Instant, backend: BackendId) -> bool {
+        let clock = self.core.clock(now);
+        let backend = self.snapshot.backend(backend);
+        backend.is_some_and(|backend| backend.keeps_sessions() && backend.is_well(clock))
     }
 
     fn forget(&mut self, now: Instant, session: SessionKey) {

@@ -202,6 +202,8 @@ pub struct ListenerSpec {
     pub proxy: Option<AcceptProxy>,
     /// How clients of `tls://` and `wss://` are spoken to.
     pub tls: Option<Arc<TlsServerSpec>>,
+    /// How clients of `ws://` and `wss://` are spoken to.
+    pub websocket: Arc<WebSocketSpec>,
     /// Bounds.
     pub limits: ListenerLimits,
     /// The protocol's typed setup (`Setup<P>` in `runtime`), opaque to the core.
@@ -230,6 +232,24 @@ pub enum SendProxy {
     V1,
     /// In binary, with all TLVs that are known.
     V2,
+}
+
+/// How WebSocket clients are spoken to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WebSocketSpec {
+    /// Who may bring them (RFC 6454, as `https://phone.example.net`); empty: anybody, and also who
+    /// names no origin.
+    pub origins: Vec<String>,
+    /// A message's size, at most, over all its fragments.
+    pub message_bytes: usize,
+    /// How long the handshake's request, and then its answer, may take.
+    pub handshake: Duration,
+}
+
+impl Default for WebSocketSpec {
+    fn default() -> Self {
+        Self { origins: Vec::new(), message_bytes: 65_536, handshake: Duration::from_secs(5) }
+    }
 }
 
 /// Whose PROXY headers are believed, and must come.

@@ -43,6 +43,10 @@ const _: () = assert!(size_of::<Slot>() == 16);
 /// The session takes one of its backend's slots. Backend numbers are far below this bit.
 const HELD: u32 = 1 << 31;
 
+/// It is only remembered where the source's next flow is to go: it is no session, and is not counted
+/// as one of its backend.
+const REMEMBERED: u32 = 1 << 30;
+
 impl Slot {
     fn expiry(self) -> u32 {
         self.expiry_class >> 8
@@ -53,7 +57,7 @@ impl Slot {
     }
 
     fn holder(self) -> Holder {
-        Holder::from_bits(self.backend & !HELD)
+        Holder::from_bits(self.backend & !(HELD | REMEMBERED))
     }
 
     fn backend(self) -> BackendId {
@@ -62,6 +66,10 @@ impl Slot {
 
     fn is_held(self) -> bool {
         self.backend & HELD != 0
+    }
+
+    fn is_remembered(self) -> bool {
+        self.backend & REMEMBERED != 0
     }
 
     fn is_expired(self, now: u32) -> bool {
@@ -133,6 +141,11 @@ impl SessionTable {
 
     /// Where a session lives, at second `now`.
     pub fn get(&self, key: u64, now: u32) -> Option<(BackendId, ClassId)> {
+        let slot = self.live(key, now)?;
+        Some((slot.backend(), ClassId(slot.class())))
+    }
+
+    fn live(&self, key: u64, now: u32) -> Option<Slot> {
         let fingerprint = key.max(1);
         let shard = self.shard(fingerprint);
         let slot = self
@@ -140,7 +153,13 @@ impl SessionTable {
             .map(|at| shard.slots[at])
             .find(|slot| slot.fingerprint == fingerprint)?;
         let live = !slot.is_expired(now) && self.holders.is_current(slot.holder());
-        live.then_some((slot.backend(), ClassId(slot.class())))
+        live.then_some(slot)
+    }
+
+    /// As [`SessionTable::get`], with whether it is only remembered.
+    pub(super) fn entry(&self, key: u64, now: u32) -> Option<(BackendId, bool)> {
+        let slot = self.live(key, now)?;
+        Some((slot.backend(), slot.is_remembered()))
     }
 
     /// Whether a session lived on a backend that lost its sessions since.
@@ -167,6 +186,19 @@ impl SessionTable {
         ttl: u32,
     ) -> Learned {
         self.enter_for(key, self.holders.current(backend).to_bits(), class, now, ttl)
+    }
+
+    /// Notes that the next flow of a source is to go to `backend`. What is a session there already
+    /// stays one.
+    pub fn remember(
+        &self,
+        key: u64,
+        backend: BackendId,
+        class: ClassId,
+        now: u32,
+        ttl: u32,
+    ) -> Learned {
+        self.enter_for(key, self.holders.current(backend).to_bits() | REMEMBERED, class, now, ttl)
     }
 
     /// As [`SessionTable::insert`], for a session that takes a slot of the backend.
@@ -221,6 +253,9 @@ impl SessionTable {
         if slot.backend() == new.backend() && !slot.is_expired(now) {
             // What is held stays so until it ends.
             new.backend |= slot.backend & HELD;
+            if !slot.is_remembered() {
+                new.backend &= !REMEMBERED;
+            }
         }
         let old = std::mem::replace(slot, new);
         if old.is_expired(now) {
@@ -239,12 +274,13 @@ impl SessionTable {
         if new.is_held() {
             self.held.add(new.backend());
         }
-        if old.backend() == new.backend() {
+        let is_same = old.backend() == new.backend();
+        if is_same && old.is_remembered() == new.is_remembered() {
             return Learned::Refreshed;
         }
-        self.counts.remove(old.backend());
-        self.counts.add(new.backend());
-        Learned::Moved
+        self.uncount(old);
+        self.count(new);
+        if is_same { Learned::Refreshed } else { Learned::Moved }
     }
 
     /// Ends a session; whether it was there.
@@ -312,7 +348,7 @@ impl SessionTable {
     fn enter(&self, slot: Slot) {
         self.created.fetch_add(1, Relaxed);
         self.class_count(slot.class()).fetch_add(1, Relaxed);
-        self.counts.add(slot.backend());
+        self.count(slot);
         if slot.is_held() {
             self.held.add(slot.backend());
         }
@@ -320,9 +356,21 @@ impl SessionTable {
 
     fn leave(&self, slot: Slot) {
         self.class_count(slot.class()).fetch_sub(1, Relaxed);
-        self.counts.remove(slot.backend());
+        self.uncount(slot);
         if slot.is_held() {
             self.held.remove(slot.backend());
+        }
+    }
+
+    fn count(&self, slot: Slot) {
+        if !slot.is_remembered() {
+            self.counts.add(slot.backend());
+        }
+    }
+
+    fn uncount(&self, slot: Slot) {
+        if !slot.is_remembered() {
+            self.counts.remove(slot.backend());
         }
     }
 
@@ -490,6 +538,23 @@ mod tests {
         assert!(after.evicted > 0 && after.live <= table.capacity() as u64);
         let kept = (0..calls).filter(|&key| table.get(spread(key), 11).is_some()).count() as u64;
         assert_eq!(kept, before.classes[usize::from(ClassId::SETUP.0)]);
+    }
+
+    #[test]
+    fn what_is_remembered_is_found_and_is_no_session() {
+        let table = SessionTable::new(1_024);
+        let (one, two, class) = (BackendId(1), BackendId(2), ClassId::SETUP);
+        table.remember(7, one, class, 0, 60);
+        assert_eq!((table.entry(7, 1), table.sessions_of(one)), (Some((one, true)), 0));
+        table.insert(7, one, class, 1, 60);
+        assert_eq!((table.entry(7, 1), table.sessions_of(one)), (Some((one, false)), 1));
+        table.remember(7, one, class, 2, 60);
+        assert_eq!((table.entry(7, 2), table.sessions_of(one)), (Some((one, false)), 1));
+        table.remember(7, two, class, 2, 60);
+        assert_eq!((table.entry(7, 2), table.sessions_of(one)), (Some((two, true)), 0));
+        assert_eq!((table.sessions_of(two), table.totals().live), (0, 1));
+        assert!(table.remove(7, 3));
+        assert_eq!((table.sessions_of(two), table.totals().live), (0, 0));
     }
 
     #[test]

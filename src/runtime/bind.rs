@@ -47,7 +47,7 @@ fn probe(socket: &LocalSocket) -> io::Result<()> {
 fn bind_one(local: &LocalSocket, reuse_port: bool) -> io::Result<BoundSocket> {
     match local.transport {
         Transport::Udp => bind_datagram(local.address, reuse_port).map(BoundSocket::Datagram),
-        Transport::Tcp | Transport::Tls => {
+        Transport::Tcp | Transport::Tls | Transport::Ws | Transport::Wss => {
             let listener = bind_stream(local.address, reuse_port)?;
             Ok(BoundSocket::Stream(listener, local.transport))
         }

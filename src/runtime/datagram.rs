@@ -7,6 +7,7 @@ use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
+use socket2::{Domain, Protocol, Socket, Type};
 use strowger_contract::Outbox;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
@@ -16,6 +17,9 @@ use super::sys::{RecvBatch, SendBatch, SendError, keep_errors, next_error, watch
 /// Datagrams per system call. 32 spread the call's cost thin (measured elsewhere: the gain beyond
 /// is under 3 %) and keep the time between two looks at the clock short.
 pub(crate) const BATCH: usize = 32;
+
+/// The same for a socket that has one flow: 208 bytes of memory each.
+const OUTWARD_BATCH: usize = 2;
 
 /// Bytes that wait for the kernel's send buffer, at most. UDP may lose; holding more would only
 /// add delay.
@@ -57,6 +61,19 @@ pub(crate) struct Sent {
 impl DatagramPort {
     /// Wraps a bound, non-blocking socket.
     pub(crate) fn new(socket: StdUdpSocket, index: u16) -> io::Result<Self> {
+        Self::with_batch(socket, index, BATCH)
+    }
+
+    /// A socket towards one address, for one flow. It sends few at a time, so that thousands
+    /// of them cost little.
+    pub(crate) fn outward(to: SocketAddr) -> io::Result<Self> {
+        let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_nonblocking(true)?;
+        socket.connect(&to.into())?;
+        Self::with_batch(socket.into(), 0, OUTWARD_BATCH)
+    }
+
+    fn with_batch(socket: StdUdpSocket, index: u16, count: usize) -> io::Result<Self> {
         let local = socket.local_addr()?;
         // Without it a backend that is gone would only be found out by its silence.
         keep_errors(socket.as_fd(), local.is_ipv6())?;
@@ -65,7 +82,7 @@ impl DatagramPort {
             local,
             index,
             send: RefCell::new(Outgoing {
-                batch: SendBatch::new(BATCH),
+                batch: SendBatch::new(count),
                 wanted: Vec::new(),
                 backlog: Vec::new(),
                 waiting: Vec::new(),
@@ -119,9 +136,28 @@ impl DatagramPort {
         batch.receive(self.descriptor()).ok()
     }
 
-    /// Notes that a range of the arena is to go to `remote` with the next [`DatagramPort::flush`].
-    pub(crate) fn want(&self, remote: SocketAddr, bytes: Range<usize>) {
-        self.send.borrow_mut().wanted.push((remote, bytes));
+    /// Waits for datagrams or for errors of sent ones; errors are appended to `errors`. Who calls it
+    /// must receive until nothing is left: what is there already wakes nobody again.
+    pub(crate) async fn wait(&self, errors: &mut Vec<SendError>) -> io::Result<()> {
+        let mut ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.ready().is_error() && self.take_errors(errors) {
+            ready.clear_ready_matching(Ready::ERROR);
+        }
+        ready.clear_ready_matching(Ready::READABLE);
+        Ok(())
+    }
+
+    /// Receives a batch without waiting.
+    pub(crate) fn try_receive(&self, batch: &mut RecvBatch) -> io::Result<usize> {
+        batch.receive(self.descriptor())
+    }
+
+    /// Notes that a range of the arena is to go to `remote` with the next [`DatagramPort::flush`];
+    /// whether it is the first.
+    pub(crate) fn want(&self, remote: SocketAddr, bytes: Range<usize>) -> bool {
+        let wanted = &mut self.send.borrow_mut().wanted;
+        wanted.push((remote, bytes));
+        wanted.len() == 1
     }
 
     /// Sends all that is wanted, in order behind what waits already. What the kernel does not take

@@ -15,6 +15,7 @@ use super::hello::{HelloReader, Look};
 use super::host::Host;
 use super::shared::NodeEvent;
 use super::socket::{Stream, TlsStream};
+use super::websocket::WebSocket;
 use crate::routing::ListenerLimits;
 use crate::tls::{Failure, failure};
 
@@ -29,6 +30,8 @@ pub(crate) struct TakenIn {
     pub(crate) facts: PeerFacts,
     /// Read already, and not yet given to anybody.
     pub(crate) early: Vec<u8>,
+    /// Where messages come in frames.
+    pub(crate) websocket: Option<Box<WebSocket>>,
 }
 
 /// Takes a TCP connection in; `None` if it came to nothing, which was counted and told.
@@ -70,7 +73,9 @@ pub(crate) async fn take_in<P: Protocol>(
             }
         }
         let stream = Stream::Tls(Box::new(stream));
-        return Some(TakenIn { stream, remote, local, facts, early: Vec::new() });
+        let mut early = Vec::new();
+        let websocket = frames(host, &stream, transport, &mut early).await?;
+        return Some(TakenIn { stream, remote, local, facts, early, websocket });
     }
     if let Some(look) = intake.peek {
         // Late or not: what is known by then decides.
@@ -79,7 +84,31 @@ pub(crate) async fn take_in<P: Protocol>(
         facts.first_bytes.clone_from(&early);
         facts.first_bytes.truncate(PEEK_BYTES_MAX);
     }
-    Some(TakenIn { stream: Stream::Tcp(socket), remote, local, facts, early })
+    let stream = Stream::Tcp(socket);
+    let websocket = frames(host, &stream, transport, &mut early).await?;
+    Some(TakenIn { stream, remote, local, facts, early, websocket })
+}
+
+/// Does WebSocket's handshake, where the transport has one; `None` if it came to nothing.
+async fn frames<P: Protocol>(
+    host: &Rc<Host<P>>,
+    stream: &Stream,
+    transport: Transport,
+    early: &mut Vec<u8>,
+) -> Option<Option<Box<WebSocket>>> {
+    if !matches!(transport, Transport::Ws | Transport::Wss) {
+        return Some(None);
+    }
+    match Box::pin(super::websocket::accept(host, stream, early)).await {
+        Ok(websocket) => {
+            host.count("ws_opened");
+            Some(Some(Box::new(websocket)))
+        }
+        Err(word) => {
+            host.count(word);
+            None
+        }
+    }
 }
 
 fn not_proxied<P: Protocol>(
@@ -291,5 +320,5 @@ pub(crate) fn take_in_unix(
 ) -> TakenIn {
     let facts = PeerFacts { credentials: credentials(&stream), ..PeerFacts::NONE };
     let (stream, remote) = (Stream::Unix(stream), strowger_contract::unix::client(number));
-    TakenIn { stream, remote, local, facts, early: Vec::new() }
+    TakenIn { stream, remote, local, facts, early: Vec::new(), websocket: None }
 }

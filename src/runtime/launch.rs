@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use strowger_contract::{Engine as _, Links, Protocol, Transport, WorkerId};
+use strowger_contract::{Endpoint, Engine as _, Links, Protocol, Transport, WorkerId};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -232,7 +232,8 @@ async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
     loop {
         let received = port.receive(&mut batch, &mut errors).await;
         if !errors.is_empty() {
-            host.unreachable(&port, &mut errors);
+            let socket = port.index;
+            host.unreachable(&mut errors, |remote| Endpoint::Datagram { socket, remote });
         }
         let Ok(mut count) = received else {
             // An error of one datagram's past (ICMP); the next receive is a new one.

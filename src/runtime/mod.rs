@@ -12,6 +12,7 @@
 //! | `host` | a listener on a worker: the engine and its wishes |
 //! | `intake` | from an accepted socket to a stream: TLS, and who is there |
 //! | `proxy`, `hello` | the PROXY protocol; SNI without ending TLS |
+//! | `websocket` | messages in WebSocket frames |
 //! | `socket` | one stream, whatever it runs over |
 //! | `datagram`, `stream`, `splice` | the three ways that bytes come and go |
 //! | `link` | streams to backends |
@@ -35,6 +36,7 @@ mod socket;
 mod splice;
 mod stream;
 pub(crate) mod sys;
+mod websocket;
 mod worker;
 
 pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};

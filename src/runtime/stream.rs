@@ -1,6 +1,6 @@
 //! A connection: its bounded write queue, and the task that reads, cuts and writes.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -15,6 +15,7 @@ use tokio::io::Interest;
 
 use super::host::Host;
 use super::socket::Stream;
+use super::websocket::{Ended, WebSocket, encode, goodbye};
 
 /// How long a connection that is to close once its queue is written may take for it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -43,6 +44,8 @@ pub(crate) struct Connection {
     pub(crate) congested: Cell<bool>,
     /// A link's engine has found the other side to be what it should be.
     pub(crate) proven: Cell<bool>,
+    /// Its messages come and go in frames.
+    pub(crate) websocket: OnceCell<Box<WebSocket>>,
     kick: Kick,
 }
 
@@ -115,13 +118,24 @@ impl Connection {
             dirty: Cell::new(false),
             congested: Cell::new(false),
             proven: Cell::new(false),
+            websocket: OnceCell::new(),
             kick: Kick::default(),
         })
     }
 
-    /// Queues bytes; they go out with the next [`Connection::write`]. A peer that lets more than
+    /// Queues a message; it goes out with the next [`Connection::write`]. A peer that lets more than
     /// `limit` bytes wait is cut off.
-    pub(crate) fn push(&self, bytes: &[u8], limit: usize) -> bool {
+    pub(crate) fn push(&self, message: &[u8], limit: usize) -> bool {
+        if self.websocket.get().is_none() {
+            return self.push_bytes(message, limit);
+        }
+        let mut framed = Vec::with_capacity(message.len() + 14);
+        encode(message, &mut framed);
+        self.push_bytes(&framed, limit)
+    }
+
+    /// Queues bytes as they are.
+    fn push_bytes(&self, bytes: &[u8], limit: usize) -> bool {
         if self.closing.get().is_some() {
             return false;
         }
@@ -234,6 +248,10 @@ impl Connection {
         if how == Closing::Reset {
             self.stream.reset_on_close();
         } else {
+            if self.websocket.get().is_some() {
+                // It is a courtesy.
+                let _gone = self.stream.try_write(&goodbye());
+            }
             self.stream.say_goodbye();
         }
         cause
@@ -352,6 +370,9 @@ impl<P: Protocol> Reader<P> {
     fn read(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>, bytes: &[u8]) {
         let now = Instant::now();
         self.last_read = now;
+        if let Some(websocket) = connection.websocket.get() {
+            return self.read_frames(host, connection, websocket, bytes, now);
+        }
         let result = if self.partial.is_empty() {
             let result = self.cut(host, connection, bytes, now);
             if let Ok(used) = result {
@@ -374,6 +395,58 @@ impl<P: Protocol> Reader<P> {
             Ok(0) => self.began = self.began.or(Some(now)),
             Ok(_) => self.began = (!self.partial.is_empty()).then_some(now),
             Err(error) => host.lost_framing(connection, &error),
+        }
+    }
+
+    /// Takes what was read of a WebSocket: each of its messages is one of the protocol's, or a
+    /// keep-alive.
+    fn read_frames(
+        &mut self,
+        host: &Rc<Host<P>>,
+        connection: &Rc<Connection>,
+        websocket: &WebSocket,
+        bytes: &[u8],
+        now: Instant,
+    ) {
+        let mut messages = Vec::new();
+        let result = websocket.receive(bytes, &mut messages);
+        self.began = if messages.is_empty() { self.began.or(Some(now)) } else { None };
+        let output = websocket.take_output();
+        if !output.is_empty() {
+            // Answers to pings count as a sign of life.
+            self.began = None;
+            let _cut_off = connection.push_bytes(&output, 2 * host.queued_bytes_max());
+        }
+        host.batch(now, |batch| {
+            for (turn, message) in messages.iter().enumerate() {
+                let mut rest = &message[..];
+                while !rest.is_empty() && !connection.is_closing() {
+                    match P::Framer::default().frame(rest) {
+                        Ok(Framing::Skip(length)) => rest = &rest[length.get().min(rest.len())..],
+                        Ok(Framing::Pong(length, answer)) => {
+                            rest = &rest[length.get().min(rest.len())..];
+                            batch.answer(connection, answer);
+                        }
+                        // Its end is the frame's; whether it is whole, the engine says.
+                        _ => {
+                            batch.message(connection, rest);
+                            break;
+                        }
+                    }
+                }
+                if turn % MESSAGES_PER_TURN == MESSAGES_PER_TURN - 1 {
+                    batch.settle();
+                }
+            }
+            if let Err(Ended::Broken(word)) = result {
+                batch.count(word);
+            }
+        });
+        host.write(connection);
+        match result {
+            Ok(()) => {}
+            Err(Ended::Closed) => connection.close(Closing::Flushed, CloseCause::End),
+            Err(Ended::Broken(_)) => connection.close(Closing::Flushed, CloseCause::Framing),
         }
     }
 

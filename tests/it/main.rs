@@ -24,5 +24,7 @@ mod service;
 mod sip;
 mod tcp;
 mod tcp_intake;
+mod tcp_peers;
 mod tls;
+mod udp;
 mod watch;

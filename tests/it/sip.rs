@@ -11,9 +11,10 @@ mod outbound;
 mod overload;
 pub(crate) mod phone;
 mod scenarios;
-mod secure;
+pub(crate) mod secure;
 mod torture;
 mod trace;
+mod websocket;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -183,7 +183,10 @@ impl Bench {
                     self.sent += 1;
                 }
                 Command::Close(Endpoint::Client(_), _) => self.closed = true,
-                Command::Close(..) | Command::HoldOff(..) | Command::Proven(_) => {}
+                Command::Close(..)
+                | Command::HoldOff(..)
+                | Command::Proven(_)
+                | Command::OpenOutward(..) => {}
                 other => panic!("{other:?}"),
             }
         }

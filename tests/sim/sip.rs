@@ -338,6 +338,7 @@ impl Sim {
                 | Command::HoldOff(..)
                 | Command::Proven(_)
                 | Command::Resolve { .. }
+                | Command::OpenOutward(..)
                 | Command::Splice(..) => {
                     panic!("{command:?}")
                 }

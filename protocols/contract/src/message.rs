@@ -63,6 +63,10 @@ pub enum Endpoint {
     /// The stream link to a backend; opened when needed, or kept, as [`crate::Protocol::LINKS`]
     /// says. Any worker may send to it.
     Backend(BackendId),
+    /// A datagram socket of the engine's own, connected to one address by
+    /// [`crate::Command::OpenOutward`]: what comes from there comes from this endpoint. The number is
+    /// the engine's.
+    Outward(u32),
     /// A stream to an address that is no backend: an existing connection with that remote address
     /// is used, else one is opened.
     Remote {

@@ -72,6 +72,11 @@ pub enum Command {
         /// Where the name lies in the arena.
         host: Range<usize>,
     },
+    /// Open a datagram socket towards an address, as [`Endpoint::Outward`] of this number. If there is
+    /// no socket to be had, [`crate::PeerChange::Closed`] with [`crate::CloseCause::Local`] follows. It
+    /// stays until it is closed ([`Command::Close`]); what ICMP says is told as
+    /// [`crate::PeerChange::Closed`] and closes nothing.
+    OpenOutward(u32, std::net::SocketAddr),
 }
 
 /// The times that a spliced flow keeps to.
@@ -256,6 +261,11 @@ impl Outbox {
         let start = self.arena.len();
         self.arena.extend_from_slice(host);
         self.commands.push(Command::Resolve { id, lookup, host: start..self.arena.len() });
+    }
+
+    /// Opens a datagram socket of the engine's own towards `to`.
+    pub fn open_outward(&mut self, number: u32, to: std::net::SocketAddr) {
+        self.commands.push(Command::OpenOutward(number, to));
     }
 
     /// Counts a dropped message.

@@ -118,6 +118,12 @@ pub trait Probe: Send {
 
     /// Judges what came back for the last request. `from` is the address it came from.
     fn reply(&mut self, from: SocketAddr, bytes: &[u8]) -> ProbeReply;
+
+    /// Whether no answer in time is a good one, so that only the network can speak against the
+    /// backend (ICMP).
+    fn is_silence_good(&self) -> bool {
+        false
+    }
 }
 
 /// What a reply to a probe means.
@@ -194,6 +200,10 @@ pub trait Protocol: Send + Sync + 'static {
 
     /// Makes the health check of that name, one of [`Protocol::PROBES`].
     fn probe(name: &str) -> Option<Box<dyn Probe>>;
+
+    /// What clients over WebSocket must offer as `Sec-WebSocket-Protocol` (RFC 6455 4.2.2); of use
+    /// where [`Protocol::TRANSPORTS`] names ws or wss.
+    const WEBSOCKET_PROTOCOL: &'static str = "";
 
     /// What is done with a connection before the engine hears of it.
     fn intake(scope: &Scope<Self::Match>, options: &Self::Options) -> Intake {

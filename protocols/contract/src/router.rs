@@ -102,6 +102,22 @@ pub trait Router {
         ttl: Duration,
     );
 
+    /// As [`Router::learn`], for what is remembered only so that the next flow of the same source finds
+    /// the same backend: it holds no drain up, and counts as no session.
+    fn remember(
+        &mut self,
+        now: Instant,
+        session: SessionKey,
+        backend: BackendId,
+        class: ClassId,
+        ttl: Duration,
+    ) {
+        self.learn(now, session, backend, class, ttl);
+    }
+
+    /// Whether what lives on the backend may stay there: it is neither gone nor ill.
+    fn keeps(&self, now: Instant, backend: BackendId) -> bool;
+
     /// Ends a session, held or not. Unknown ones are ignored.
     fn forget(&mut self, now: Instant, session: SessionKey);
 

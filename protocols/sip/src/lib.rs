@@ -74,7 +74,10 @@ pub struct Sip;
 
 impl Protocol for Sip {
     const NAME: &'static str = "sip";
-    const TRANSPORTS: &'static [Transport] = &[Transport::Udp, Transport::Tcp, Transport::Tls];
+    const TRANSPORTS: &'static [Transport] =
+        &[Transport::Udp, Transport::Tcp, Transport::Tls, Transport::Ws, Transport::Wss];
+    /// RFC 7118 4.1.
+    const WEBSOCKET_PROTOCOL: &'static str = "sip";
     const LINKS: Links = Links::PerWorker;
     const PROBES: &'static [&'static str] = &["sip-options"];
     const SESSION_SPACES: &'static [u8] = &[SPACE, SPACE + 1];

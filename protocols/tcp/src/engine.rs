@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use strowger_contract::handover::{Broken, read, write};
+use strowger_contract::network::source_name;
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
     BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message,
@@ -215,7 +216,7 @@ impl TcpEngine {
         // Idle flows hold nothing that they need no more.
         flow.tried = Vec::new();
         let ttl = router.session_ttl(flow.pool);
-        router.learn(now, flow.session, backend, flow.class, ttl);
+        router.remember(now, flow.session, backend, flow.class, ttl);
         let total = now.saturating_duration_since(flow.arrived);
         let promised = router.class(flow.class).deadline.unwrap_or(Duration::MAX);
         let outcome = if total <= promised { RequestOutcome::Met } else { RequestOutcome::Late };
@@ -292,51 +293,19 @@ fn note(now: Instant, arrived: Instant, class: ClassId, outcome: RequestOutcome,
     out.note(Note::Request { class, outcome, backend: None, total, at_backend: Duration::ZERO });
 }
 
-/// An address without the bits behind its prefix.
-fn masked(address: IpAddr, (v4, v6): (u8, u8)) -> IpAddr {
-    match address {
-        IpAddr::V4(address) => {
-            let mask = u32::MAX.checked_shl(32 - u32::from(v4.min(32))).unwrap_or(0);
-            IpAddr::from((u32::from(address) & mask).to_be_bytes())
-        }
-        IpAddr::V6(address) => {
-            let mask = u128::MAX.checked_shl(128 - u32::from(v6.min(128))).unwrap_or(0);
-            IpAddr::from((u128::from(address) & mask).to_be_bytes())
-        }
-    }
-}
-
 fn session_key(
     pool: PoolId,
     opened: Opened<'_>,
     prefixes: (u8, u8),
     router: &dyn Router,
 ) -> SessionKey {
-    let remote = opened.remote;
-    let mut bytes = [0; 18];
     let key = router.session_key_name(pool);
     // Who asks for no name is known by its address.
     if let Some(name) = opened.facts.server_name.as_deref().filter(|_| key == "sni") {
         return router.keyer().session(SPACE, name.as_bytes());
     }
-    let whole = key == "source";
-    let address = if whole { remote.ip() } else { masked(remote.ip(), prefixes) };
-    let length = match address {
-        IpAddr::V4(address) => {
-            bytes[..4].copy_from_slice(&address.octets());
-            4
-        }
-        IpAddr::V6(address) => {
-            bytes[..16].copy_from_slice(&address.octets());
-            16
-        }
-    };
-    if whole || key == "source-ip-port" {
-        let port = if whole { remote.port() } else { opened.local.port() };
-        bytes[length..length + 2].copy_from_slice(&port.to_be_bytes());
-        return router.keyer().session(SPACE, &bytes[..length + 2]);
-    }
-    router.keyer().session(SPACE, &bytes[..length])
+    let name = source_name(key, opened.remote, opened.local, prefixes);
+    router.keyer().session(SPACE, name.as_bytes())
 }
 
 impl Engine for TcpEngine {

@@ -15,7 +15,7 @@ pub use engine::TcpEngine;
 pub use options::{TcpMatch, TcpOptions};
 
 /// The space of source addresses among session keys.
-pub const SPACE: u8 = 3;
+pub const SPACE: u8 = strowger_contract::network::SOURCE_SPACE;
 
 /// The protocol.
 #[derive(Debug)]

@@ -23,11 +23,6 @@ pub fn endpoint(text: &str) -> Result<(Transport, SocketAddr), String> {
     let Some((_, transport)) = SCHEMES.iter().find(|(name, _)| *name == scheme) else {
         return Err(unknown("transport", scheme, SCHEMES.iter().map(|(name, _)| *name)));
     };
-    if matches!(transport, Transport::Ws | Transport::Wss) {
-        return Err(format!(
-            "{scheme}:// is not supported in this version; udp://, tcp://, tls:// and unix:// are"
-        ));
-    }
     if *transport == Transport::Unix {
         return Ok((Transport::Unix, strowger_contract::unix::name(rest)?));
     }

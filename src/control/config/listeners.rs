@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -14,7 +15,9 @@ use super::pools::{RawPool, TCP_CONNECT, set};
 use super::read::{Fields, Reader, join, unknown};
 use super::tls;
 use super::tree::{Kind, Node};
-use crate::routing::{AcceptProxy, ListenerLimits, ListenerSpec, NodeSpec, PoolNames, SendProxy};
+use crate::routing::{
+    AcceptProxy, ListenerLimits, ListenerSpec, NodeSpec, PoolNames, SendProxy, WebSocketSpec,
+};
 
 /// Rules of one listener's `classify`, at most: each is looked at for each request.
 const CLASSIFY_MAX: usize = 64;
@@ -63,7 +66,7 @@ impl<'a> Listeners<'a> {
         reader: &mut Reader,
         raw: &RawListener,
     ) -> Option<ListenerSpec> {
-        const KEYS: [&str; 10] = [
+        const KEYS: [&str; 11] = [
             "name",
             "protocol",
             "bind",
@@ -74,6 +77,7 @@ impl<'a> Listeners<'a> {
             "limits",
             "tls",
             "accept_proxy",
+            "websocket",
         ];
         let path = raw.path.as_str();
         let fields = reader.fields(&raw.node, path, &KEYS)?;
@@ -82,6 +86,7 @@ impl<'a> Listeners<'a> {
         let limits = limits(reader, &fields);
         let tls = tls::server(reader, &fields);
         let proxy = accept_proxy(reader, &fields);
+        let websocket = websocket(reader, &fields);
         let pool = fields.text(reader, "pool");
         let pool = pool.filter(|name| {
             self.is_pool(reader, fields.node_of("pool"), &fields.path_of("pool"), name)
@@ -108,6 +113,10 @@ impl<'a> Listeners<'a> {
             let scheme = socket.transport.scheme();
             let message = format!("{scheme}:// needs the listener's `tls`: its certificates");
             reader.wrong(fields.node_of("bind"), &fields.path_of("bind"), message);
+        }
+        if proxy.is_some() && protocol.transports().iter().all(|known| !known.is_stream()) {
+            let message = "goes with connections only: a datagram carries no PROXY header";
+            reader.wrong(fields.node_of("accept_proxy"), &fields.path_of("accept_proxy"), message);
         }
         let mut pools: Vec<&String> =
             pool.iter().chain(routes.iter().map(|(_, pool)| pool)).collect();
@@ -168,7 +177,7 @@ impl<'a> Listeners<'a> {
         });
         // Pools are in it by name: their numbers differ from process to process.
         let told = format!(
-            "{} {} {effective} {limits:?} {tls:?} {proxy:?}",
+            "{} {} {effective} {limits:?} {tls:?} {proxy:?} {websocket:?}",
             self.node.name, self.node.realm
         );
         self.effective.push((name.clone(), effective));
@@ -179,6 +188,7 @@ impl<'a> Listeners<'a> {
             pools: ids,
             proxy,
             tls,
+            websocket: Arc::new(websocket),
             limits,
             setup: configured.setup,
             fingerprint: strowger_contract::stable_hash(told.as_bytes()),
@@ -403,12 +413,24 @@ impl<'a> Listeners<'a> {
                 "send_proxy",
                 format!("{name} has links of its own; only raw flows have one client"),
             );
+        } else if pool.spec.send_proxy != SendProxy::Off
+            && protocol.transports().iter().all(|known| !known.is_stream())
+        {
+            let name = protocol.name();
+            wrong("send_proxy", format!("{name} sends datagrams, which carry no PROXY header"));
         }
         for (index, backend) in pool.spec.backends.iter().enumerate() {
             let no_tls = backend.transport == Transport::Tls && pool.spec.tls.is_none();
             if no_tls {
                 let message = "tls:// needs the pool's `tls`: whom to trust".to_owned();
                 wrong(&format!("backends[{index}].address"), message);
+            }
+            if matches!(backend.transport, Transport::Ws | Transport::Wss) {
+                let scheme = backend.transport.scheme();
+                let message =
+                    format!("{scheme}:// is for clients; backends are not dialed over it");
+                wrong(&format!("backends[{index}].address"), message);
+                continue;
             }
             if let Err(message) = runs_over(protocol, backend.transport) {
                 wrong(&format!("backends[{index}].address"), message);
@@ -559,6 +581,38 @@ fn accept_proxy(reader: &mut Reader, fields: &Fields<'_>) -> Option<AcceptProxy>
         reader.wrong(given.node_of("timeout"), &given.path_of("timeout"), message);
     }
     Some(AcceptProxy { trusted, timeout })
+}
+
+/// How WebSocket clients are spoken to.
+fn websocket(reader: &mut Reader, fields: &Fields<'_>) -> WebSocketSpec {
+    let mut spec = WebSocketSpec::default();
+    let Some(node) = fields.get("websocket") else { return spec };
+    let path = fields.path_of("websocket");
+    const KEYS: [&str; 3] = ["origins", "message_bytes", "handshake"];
+    let Some(given) = reader.fields(node, &path, &KEYS) else { return spec };
+    if let Some(list) = given.get("origins") {
+        let at = given.path_of("origins");
+        for (index, item) in reader.list(list, &at).iter().enumerate() {
+            let at = format!("{at}[{index}]");
+            let Some(text) = reader.text(item, &at) else { continue };
+            let host = text.split_once("://").map(|(_, host)| host);
+            if host.is_none_or(|host| host.is_empty() || host.contains('/')) {
+                let message = format!(
+                    "`{text}` is no origin; write https://phone.example.net, without a path"
+                );
+                reader.wrong(item, &at, message);
+            }
+            spec.origins.push(text);
+        }
+    }
+    let bytes = given.number(reader, "message_bytes", 1_024, 16 << 20);
+    set(&mut spec.message_bytes, bytes.map(|count| count as usize));
+    set(&mut spec.handshake, given.duration(reader, "handshake"));
+    if spec.handshake.is_zero() || spec.handshake > Duration::from_secs(60) {
+        let message = "must be over 0 and at most 60s";
+        reader.wrong(given.node_of("handshake"), &given.path_of("handshake"), message);
+    }
+    spec
 }
 
 fn limits(reader: &mut Reader, fields: &Fields<'_>) -> ListenerLimits {

@@ -134,7 +134,11 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
                 "per_source": { "type": "integer", "minimum": 0 },
                 "keep_alive": duration, "user_timeout": duration } },
             "accept_proxy": { "type": "object", "additionalProperties": false, "required": ["trusted"], "properties": {
-                "trusted": { "type": "array", "minItems": 1, "items": { "type": "string" } }, "timeout": duration } }
+                "trusted": { "type": "array", "minItems": 1, "items": { "type": "string" } }, "timeout": duration } },
+            "websocket": { "type": "object", "additionalProperties": false, "properties": {
+                "origins": { "type": "array", "items": { "type": "string" } },
+                "message_bytes": { "type": "integer", "minimum": 1024, "maximum": 16777216 },
+                "handshake": duration } }
         }
     })
 }

@@ -59,6 +59,25 @@ impl<P: Protocol> Batch<'_, P> {
         self.receive(message);
     }
 
+    /// A datagram that came to a socket of the engine's own.
+    pub(crate) fn outward(
+        &mut self,
+        number: u32,
+        port: &DatagramPort,
+        remote: SocketAddr,
+        bytes: &[u8],
+    ) {
+        let message = Message {
+            from: Endpoint::Outward(number),
+            transport: Transport::Udp,
+            remote,
+            local: port.local,
+            arrived: self.now,
+            bytes,
+        };
+        self.receive(message);
+    }
+
     fn receive(&mut self, message: Message<'_>) {
         self.state.metrics.received(1, message.bytes.len() as u64);
         let Message { transport, remote, local, bytes, .. } = message;
@@ -257,6 +276,7 @@ impl<P: Protocol> Batch<'_, P> {
             }
             Command::HoldOff(..) | Command::Proven(_) => {}
             Command::Resolve { id, lookup, host } => self.resolve(*id, lookup, out.bytes(host)),
+            Command::OpenOutward(number, to) => self.open_outward(*number, *to),
             Command::Splice(flow, backend, limits) => {
                 if let Some(connection) = self.state.flows.get(*flow) {
                     connection.splice_to(*backend, *limits);
@@ -278,11 +298,12 @@ impl<P: Protocol> Batch<'_, P> {
                             remote,
                             out.bytes(&frame.bytes),
                         );
-                        port.want(remote, frame.bytes.clone());
+                        let _flushed_with_all = port.want(remote, frame.bytes.clone());
                     }
                     None => self.state.metrics.send_failed("no_socket"),
                 }
             }
+            Endpoint::Outward(number) => self.send_outward(number, frame, out),
             Endpoint::Client(flow) if flow.worker() != self.host.worker => {
                 self.send_afar(flow.worker(), frame, out)
             }
@@ -335,7 +356,9 @@ impl<P: Protocol> Batch<'_, P> {
             Endpoint::Remote { transport, address } => {
                 self.deliver_to_remote(transport, address, bytes)
             }
-            Endpoint::Datagram { .. } => self.state.metrics.send_failed("not_a_stream"),
+            Endpoint::Datagram { .. } | Endpoint::Outward(_) => {
+                self.state.metrics.send_failed("not_a_stream");
+            }
         }
     }
 
@@ -444,6 +467,7 @@ impl<P: Protocol> Batch<'_, P> {
                 self.state.remotes.get(&(transport, address)).cloned()
             }
             Endpoint::Datagram { .. } => None,
+            Endpoint::Outward(number) => return self.state.outwards.close(number),
         };
         if let Some(connection) = connection {
             connection.close(how, CloseCause::Local);
@@ -454,12 +478,19 @@ impl<P: Protocol> Batch<'_, P> {
     fn flush(&mut self, out: &Outbox) {
         self.write_streams();
         for port in self.host.ports.iter().flatten() {
-            let waited = port.is_waiting();
-            let sent = port.flush(out);
-            crate::runtime::launch::count_sent(&mut self.state.metrics, sent);
-            if !waited && port.is_waiting() {
-                crate::runtime::launch::drain_port(self.host, port);
-            }
+            self.flush_port(port, out);
+        }
+        while let Some(port) = self.state.outwards.next_dirty() {
+            self.flush_port(&port, out);
+        }
+    }
+
+    fn flush_port(&mut self, port: &Rc<DatagramPort>, out: &Outbox) {
+        let waited = port.is_waiting();
+        let sent = port.flush(out);
+        crate::runtime::launch::count_sent(&mut self.state.metrics, sent);
+        if !waited && port.is_waiting() {
+            crate::runtime::launch::drain_port(self.host, port);
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod batch;
 mod flows;
+mod outward;
 
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{HashMap, VecDeque};
@@ -34,6 +35,7 @@ use crate::runtime::stream::{Connection, serve};
 use crate::runtime::sys::SendError;
 pub(crate) use batch::Batch;
 use flows::Flows;
+use outward::Outwards;
 
 use crate::observe::{ListenerMetrics, TapPort};
 use crate::routing::{CoreRouter, Grant, ListenerSpec, Setup};
@@ -87,6 +89,8 @@ pub(crate) struct State<P: Protocol> {
     /// Streams by the other side's address, for [`Endpoint::Remote`].
     remotes: HashMap<(Transport, SocketAddr), Rc<Connection>>,
     dialing: HashMap<(Transport, SocketAddr), Vec<u8>>,
+    /// Datagram sockets of the engine's own.
+    outwards: Outwards,
     /// What the engine is yet to hear.
     news: VecDeque<(Endpoint, PeerChange)>,
     answers: VecDeque<(LookupId, Answer)>,
@@ -151,6 +155,7 @@ impl<P: Protocol> Host<P> {
             flows: Flows::default(),
             remotes: HashMap::new(),
             dialing: HashMap::new(),
+            outwards: Outwards::default(),
             news: VecDeque::new(),
             answers: VecDeque::new(),
             dirty: Vec::new(),
@@ -247,8 +252,12 @@ impl<P: Protocol> Host<P> {
 
     /// Tells the engines of what ICMP said of datagrams that they sent: at once, where a transaction's
     /// timer would take seconds. Of the workers' sockets on one port the kernel picks one by the
-    /// addresses, not the one that has sent.
-    pub(crate) fn unreachable(self: &Rc<Self>, port: &DatagramPort, errors: &mut Vec<SendError>) {
+    /// addresses, not the one that has sent; an engine's own sockets are its own.
+    pub(crate) fn unreachable(
+        self: &Rc<Self>,
+        errors: &mut Vec<SendError>,
+        peer: impl Fn(SocketAddr) -> Endpoint,
+    ) {
         let cause = |errno| match errno {
             libc::ECONNREFUSED => Some(("icmp_refused", CloseCause::Refused)),
             libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EHOSTDOWN | libc::EACCES => {
@@ -264,8 +273,11 @@ impl<P: Protocol> Host<P> {
             for SendError { remote, errno } in errors.drain(..) {
                 let Some((word, cause)) = cause(errno) else { continue };
                 batch.count(word);
-                let peer = Endpoint::Datagram { socket: port.index, remote };
-                batch.tell_all(peer, PeerChange::Closed(cause));
+                let change = PeerChange::Closed(cause);
+                match peer(remote) {
+                    own @ Endpoint::Outward(_) => batch.tell(own, change),
+                    any => batch.tell_all(any, change),
+                }
             }
         });
     }
@@ -289,7 +301,7 @@ impl<P: Protocol> Host<P> {
         taken: TakenIn,
         transport: Transport,
     ) -> Option<Begun<P>> {
-        let TakenIn { stream, remote, local, facts, early } = taken;
+        let TakenIn { stream, remote, local, facts, early, websocket } = taken;
         let limit = self.state().spec.limits.per_source;
         let Some(place) = self.shared.source_place(remote.ip(), limit) else {
             self.count("over_per_source");
@@ -297,6 +309,10 @@ impl<P: Protocol> Host<P> {
             return None;
         };
         let (flow, connection) = self.adopt(stream, remote, local, transport);
+        if let Some(websocket) = websocket {
+            // It is new: there is none.
+            let _none = connection.websocket.set(websocket);
+        }
         let opened = Opened { remote, local, transport, facts: &facts };
         self.opened(Endpoint::Client(flow), opened);
         let next = if P::LINKS == strowger_contract::Links::None {
@@ -481,7 +497,8 @@ impl<P: Protocol> Host<P> {
     }
 
     /// Closes everything; the listener or the worker's engine goes away.
-    fn close_all(state: &State<P>, cause: CloseCause) {
+    fn close_all(state: &mut State<P>, cause: CloseCause) {
+        state.outwards.clear();
         for connection in state.flows.all() {
             connection.close(Closing::Flushed, cause);
         }

@@ -107,7 +107,7 @@ fn invite(uri: &str, call: &str, contact: &str) -> String {
 }
 
 /// What the callee sends in a dialog, made from the INVITE that it got.
-fn bye_of_the_callee(invite: &str, from: &Client) -> String {
+pub(super) fn bye_of_the_callee(invite: &str, from: &Client) -> String {
     let one = |name, compact| headers(invite, name, compact)[0].to_owned();
     let contact = one("Contact", "m");
     let uri = contact.trim_start_matches('<').trim_end_matches('>');

@@ -1,0 +1,262 @@
+//! Raw UDP through the binary, to servers that others wrote and to our own.
+
+use std::net::UdpSocket;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::harness::{Edge, Process, free_port, has};
+
+const HEAD: &str = "version: 1\nnode: { workers: 2 }\nadmin: { listen: ADMIN }\n";
+
+/// Answers each datagram with `name` and the datagram; how many came.
+fn answerer(port: u16, name: &'static str) -> Arc<AtomicUsize> {
+    let socket = UdpSocket::bind(("127.0.0.1", port)).expect("a free port");
+    let count = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&count);
+    thread::spawn(move || {
+        let mut buffer = vec![0; 65_536];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            seen.fetch_add(1, Ordering::SeqCst);
+            // Silence is asked for by a name of its own.
+            if !buffer.starts_with(b"quiet") {
+                let answer = [name.as_bytes(), &buffer[..length]].concat();
+                let _gone = socket.send_to(&answer, from);
+            }
+        }
+    });
+    count
+}
+
+fn client(port: u16) -> UdpSocket {
+    let socket = UdpSocket::bind("127.0.0.1:0").expect("loopback");
+    socket.connect(("127.0.0.1", port)).expect("loopback");
+    socket.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+    socket
+}
+
+fn ask(socket: &UdpSocket, what: &[u8]) -> Vec<u8> {
+    socket.send(what).expect("sent");
+    let mut buffer = vec![0; 65_536];
+    let length = socket.recv(&mut buffer).expect("an answer");
+    buffer.truncate(length);
+    buffer
+}
+
+fn yaml(port: u16, options: &str, pool: &str) -> String {
+    format!(
+        "{HEAD}listeners:\n  - name: front\n    protocol: udp\n    bind: [udp://127.0.0.1:{port}]\n    pool: back\n    options: {{ {options} }}\npools:\n  back:\n{pool}"
+    )
+}
+
+fn counted(edge: &Edge, what: &str) -> f64 {
+    edge.metric("strowger_protocol_total", &[&format!("\"{what}\"")])
+}
+
+/// Two name servers behind one address, asked by dig over IPv4 and IPv6; one is killed.
+#[test]
+fn name_servers_answer_through_the_edge_and_one_may_die() {
+    if !has("dnsmasq") || !has("dig") {
+        return;
+    }
+    let (port, ports) = (free_port(), [free_port(), free_port()]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut servers: Vec<Process> = (0..2)
+        .map(|index| {
+            let mut command = Command::new("dnsmasq");
+            command
+                .args([
+                    "--keep-in-foreground",
+                    "--no-resolv",
+                    "--no-hosts",
+                    "--conf-file=/dev/null",
+                ])
+                .args(["--no-daemon", "--bind-interfaces", "--listen-address=127.0.0.1"])
+                .arg(format!("--pid-file={}", folder.path().join(format!("{index}.pid")).display()))
+                .arg(format!("--port={}", ports[index]))
+                .arg(format!("--address=/who.test/192.0.2.{index}"));
+            Process::spawn(&mut command, &folder.path().join(format!("{index}.log")))
+        })
+        .collect();
+    let pool = format!(
+        "    session: {{ key: source }}\n    health: {{ probe: dns, interval: 1s, timeout: 1s }}\n    backends: [{{ id: a, address: udp://127.0.0.1:{} }}, {{ id: b, address: udp://127.0.0.1:{} }}]\n",
+        ports[0], ports[1]
+    );
+    let bind = format!("bind: [udp://127.0.0.1:{port}, \"udp://[::1]:{port}\"]");
+    let text = yaml(port, "responses: 1, idle_timeout: 5s", &pool)
+        .replace(&format!("bind: [udp://127.0.0.1:{port}]"), &bind);
+    let edge = Edge::start(&text);
+    edge.until("both to be up", |edge| {
+        ["a", "b"].iter().all(|id| edge.instance("back", id)["health"] == "up")
+    });
+    let dig = |server: &str| {
+        let out = Command::new("dig")
+            .args(["+short", "+tries=1", "+time=20", "-p", &port.to_string(), server, "who.test"])
+            .output()
+            .expect("dig runs");
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
+    };
+    let mut seen = [0; 2];
+    for index in 0..24 {
+        let answer = dig(if index % 2 == 0 { "@127.0.0.1" } else { "@::1" });
+        match answer.as_str() {
+            "192.0.2.0" => seen[0] += 1,
+            "192.0.2.1" => seen[1] += 1,
+            other => panic!("dig was told `{other}`; the edge's log:\n{}", edge.log()),
+        }
+    }
+    assert!(seen[0] > 0 && seen[1] > 0, "one server has it all: {seen:?}");
+    edge.until("flows to end with their answers", |edge| {
+        ["a", "b"].iter().all(|id| edge.instance("back", id)["in_flight"] == 0)
+    });
+    servers[0].kill();
+    for _ in 0..12 {
+        assert_eq!(dig("@127.0.0.1"), "192.0.2.1", "the edge's log:\n{}", edge.log());
+    }
+    edge.until("the probe to say so", |edge| edge.instance("back", "a")["health"] == "down");
+}
+
+/// Accepts everybody, as RFC 2865 3 has the answer signed.
+const RADIUS: &str = r"
+import hashlib, socket, struct, sys
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(('127.0.0.1', int(sys.argv[1])))
+while True:
+    request, client = server.recvfrom(65535)
+    if len(request) < 20:
+        continue
+    told = sys.argv[2].encode()
+    attributes = bytes([18, 2 + len(told)]) + told
+    head = struct.pack('!BBH', 2, request[1], 20 + len(attributes))
+    signed = hashlib.md5(head + request[4:20] + attributes + b'secret').digest()
+    server.sendto(head + signed + attributes, client)
+";
+
+/// A RADIUS client's requests stay on one server, also while that drains; it is silent for no one.
+#[test]
+fn a_radius_client_stays_on_its_server() {
+    if !has("radclient") || !has("python3") {
+        return;
+    }
+    let (port, ports) = (free_port(), [free_port(), free_port()]);
+    let folder = tempfile::tempdir().expect("a folder");
+    let script = folder.path().join("radius.py");
+    std::fs::write(&script, RADIUS).expect("written");
+    let serve = |index: usize| {
+        let mut command = Command::new("python3");
+        command.arg(&script).arg(ports[index].to_string()).arg(format!("server-{index}"));
+        Process::spawn(&mut command, &folder.path().join(format!("{index}.log")))
+    };
+    let mut servers = [serve(0), serve(1)];
+    let pool = format!(
+        "    health: {{ probe: udp-port, interval: 200ms, timeout: 100ms }}\n    backends: [{{ id: a, address: udp://127.0.0.1:{} }}, {{ id: b, address: udp://127.0.0.1:{} }}]\n",
+        ports[0], ports[1]
+    );
+    let edge = Edge::start(&yaml(port, "responses: 1", &pool));
+    edge.until("both to be up", |edge| {
+        ["a", "b"].iter().all(|id| edge.instance("back", id)["health"] == "up")
+    });
+    let whom = |edge: &Edge| {
+        let request = folder.path().join("request");
+        std::fs::write(&request, "User-Name=bob,User-Password=x\n").expect("written");
+        let server = format!("127.0.0.1:{port}");
+        let out = Command::new("radclient")
+            .args(["-x", "-t", "20", "-r", "2", "-f"])
+            .arg(&request)
+            .args([&server, "auth", "secret"])
+            .output()
+            .expect("radclient runs");
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(text.contains("Access-Accept"), "{text}\nthe edge's log:\n{}", edge.log());
+        usize::from(!text.contains("server-0"))
+    };
+    let first = whom(&edge);
+    for _ in 0..4 {
+        assert_eq!(whom(&edge), first, "one source, one server");
+    }
+    servers[first].kill();
+    assert_ne!(whom(&edge), first, "the first is gone");
+    edge.until("the probe to say so", |edge| {
+        edge.instance("back", ["a", "b"][first])["health"] == "down"
+    });
+}
+
+#[test]
+fn a_closed_port_costs_a_new_flow_nothing() {
+    let (port, dead, alive) = (free_port(), free_port(), free_port());
+    answerer(alive, "b");
+    let pool = format!(
+        "    session: {{ key: source }}\n    backends: [{{ id: a, address: udp://127.0.0.1:{dead} }}, {{ id: b, address: udp://127.0.0.1:{alive} }}]\n"
+    );
+    let edge = Edge::start(&yaml(port, "idle_timeout: 30s", &pool));
+    // Each is sent once: what the dead one was sent must come to the other by the edge's own doing.
+    for index in 0..40_u32 {
+        let socket = client(port);
+        let payload = index.to_be_bytes();
+        assert_eq!(ask(&socket, &payload), [b"b".as_slice(), &payload].concat());
+    }
+    assert!(edge.metric("strowger_retries_total", &["refused"]) > 0.0, "nobody met the dead one");
+    let large = vec![7; 60_000];
+    assert_eq!(ask(&client(port), &large).len(), 60_001, "a datagram of any size passes whole");
+}
+
+#[test]
+fn the_table_is_bounded_and_a_flood_pushes_out_itself() {
+    let (port, backend) = (free_port(), free_port());
+    let seen = answerer(backend, "a");
+    let pool = format!("    backends: [{{ id: a, address: udp://127.0.0.1:{backend} }}]\n");
+    let text = yaml(port, "flows: 8, idle_timeout: 60s", &pool).replace("workers: 2", "workers: 1");
+    let edge = Edge::start(&text);
+    let friend = client(port);
+    assert_eq!(ask(&friend, b"one"), b"aone");
+    let flood: Vec<UdpSocket> = (0..50)
+        .map(|_| {
+            let socket = client(port);
+            socket.send(b"quiet").expect("sent");
+            socket
+        })
+        .collect();
+    let end = Instant::now() + Duration::from_secs(30);
+    while seen.load(Ordering::SeqCst) < 51 {
+        assert!(Instant::now() < end, "only {seen:?} came");
+        thread::sleep(Duration::from_millis(20));
+    }
+    // 51 flows in a table of 8, and the one that was answered is not among those that went.
+    edge.until("evictions", |edge| counted(edge, "flow_evicted") >= 43.0);
+    assert_eq!(edge.instance("back", "a")["in_flight"], 8);
+    let opened = counted(&edge, "flow_opened");
+    assert_eq!(ask(&friend, b"two"), b"atwo");
+    assert_eq!(counted(&edge, "flow_opened"), opened, "the friend's flow was pushed out");
+    drop(flood);
+}
+
+/// Flows stay on an instance that drains, new ones go elsewhere, and the drain ends when the last is
+/// silent. A flow whose server has died finds another when its client speaks on.
+#[test]
+fn a_drain_waits_for_flows_and_no_longer() {
+    let (port, ports) = (free_port(), [free_port(), free_port()]);
+    answerer(ports[0], "a");
+    answerer(ports[1], "b");
+    let pool = format!(
+        "    session: {{ key: source, ttl: 1h }}\n    backends: [{{ id: a, address: udp://127.0.0.1:{} }}, {{ id: b, address: udp://127.0.0.1:{} }}]\n",
+        ports[0], ports[1]
+    );
+    let edge = Edge::start(&yaml(port, "idle_timeout: 3s", &pool));
+    let clients: Vec<UdpSocket> = (0..16).map(|_| client(port)).collect();
+    let on_a: Vec<&UdpSocket> =
+        clients.iter().filter(|socket| ask(socket, b"x") == b"ax").collect();
+    assert!(!on_a.is_empty() && on_a.len() < 16);
+    let (code, _) = edge.post("/api/v1/pools/back/instances/a/drain", "{\"deadline_s\":3600}");
+    assert_eq!(code, 202);
+    for socket in &on_a {
+        assert_eq!(ask(socket, b"y"), b"ay", "a flow was moved by a drain");
+    }
+    for _ in 0..16 {
+        assert_eq!(ask(&client(port), b"z"), b"bz", "a new flow went to the draining one");
+    }
+    // What is remembered for an hour is no session: silence ends the drain.
+    edge.until("the drain to end", |edge| edge.log().contains("drain_ended"));
+    assert_eq!(ask(on_a[0], b"w"), b"bw", "the instance is gone");
+}

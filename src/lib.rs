@@ -17,6 +17,7 @@
 //! | [`runtime`] | workers, UDP, TCP, links to backends, hand-over; `runtime::sys` has the only unsafe code |
 //! | [`tls`] | certificates and keys, from files to rustls |
 //! | [`control`] | configuration, watcher, probes, registry, admin HTTP |
+//! | [`agent`] | deploys workloads, keeps them alive, registers them |
 //! | [`observe`] | metrics, events, logs |
 //! | [`protocols`] | the one list of protocols |
 //! | [`edge`] | puts them together: one running edge |
@@ -25,6 +26,7 @@
 //! | [`import`] | other systems' configurations, turned into ours |
 //! | [`demo`] | sample workloads and traffic on loopback |
 
+pub mod agent;
 pub mod cli;
 pub mod control;
 pub mod decode;

@@ -43,6 +43,9 @@ enum Command {
         #[arg(long, default_value = "error", value_name = "FILTER")]
         log: String,
     },
+    /// A sample workload of the demo: answers on 127.0.0.1.
+    #[command(hide = true)]
+    Sample(strowger::demo::Sample),
     /// Check configurations: every error with its place; exit 0 if there is none, else 1.
     Check {
         /// Files or directories, read together as one configuration.
@@ -55,10 +58,15 @@ enum Command {
         #[arg(required = true, value_name = "PATH")]
         paths: Vec<PathBuf>,
     },
+    /// Deploy workloads on this host and register them with the edges.
+    Agent {
+        #[command(subcommand)]
+        command: strowger::agent::AgentCommand,
+    },
     /// Print the JSON schema of the configuration, for editors.
     Schema {
         /// Of what.
-        #[arg(value_parser = ["edge"])]
+        #[arg(value_parser = ["edge", "agent"])]
         of: String,
     },
     /// Print Diameter and SIP messages readably: of a file of them, of hex text, of a pcap or pcapng.
@@ -204,11 +212,16 @@ impl Command {
                 init_logging(Format::Text, &log);
                 runtime()?.block_on(strowger::demo::run(options))?;
             }
+            Self::Sample(sample) => runtime()?.block_on(strowger::demo::sample(&sample))?,
             Self::Check { paths } => return Ok(check(&paths)),
             Self::Explain { paths } => match load(&paths) {
                 Ok(loaded) => print!("{}", config::explain(&loaded)),
                 Err(errors) => bail!("{errors}"),
             },
+            Self::Agent { command } => return strowger::agent::run(command),
+            Self::Schema { of } if of == "agent" => {
+                println!("{}", serde_json::to_string_pretty(&strowger::agent::schema())?);
+            }
             Self::Schema { of: _ } => println!("{}", schema()?),
             Self::Decode { file, dictionary, output } => {
                 strowger::decode::run(&file, dictionary.as_deref(), output)?;

@@ -72,7 +72,7 @@ struct Check {
 }
 
 /// What one check found, with a word for the log.
-type Found = Result<(), &'static str>;
+pub(crate) type Found = Result<(), &'static str>;
 
 impl Check {
     async fn run(mut self, (address, transport, health): Purpose) {
@@ -100,7 +100,8 @@ impl Check {
     }
 }
 
-async fn ask(
+/// One check: by the protocol's probe, or whether it takes connections.
+pub(crate) async fn ask(
     probe: Option<&mut (dyn Probe + 'static)>,
     address: SocketAddr,
     transport: Transport,

@@ -1,34 +1,87 @@
 //! `strowger demo`: an edge on loopback, sample SIP, Diameter and TCP workloads, and modest traffic
 //! through it, so that a newcomer sees everything at work before configuring anything.
 //!
-//! The samples run on a thread of their own: they must not slow the edge's control side down.
+//! The workloads are processes of their own, deployed and registered by an agent, as anybody's would be.
+//! Agent and traffic run on threads of their own: they must not slow the edge's control side down.
 
 mod diameter;
 mod sip;
 mod tcp;
 
 use std::fmt;
-use std::future::Future;
 use std::io::{IsTerminal, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::agent;
 use crate::edge::{ConfigSource, Edge};
 use crate::protocols::Protocols;
 
-/// When the first instances die, how long they stay dead, and how often that happens.
+/// When the first instances are killed, and how often that happens; the agent starts them again.
 const DEATH_AFTER: Duration = Duration::from_secs(10);
-const DEATH_LASTS: Duration = Duration::from_secs(5);
 const DEATH_EVERY: Duration = Duration::from_secs(30);
+
+/// Who is killed.
+const VICTIMS: [&str; 2] = ["ims-1", "pcrf-1"];
+
+/// Instances that the agent starts, and how long that may take.
+const INSTANCES: usize = 7;
+const START_LIMIT: Duration = Duration::from_secs(60);
+
+/// A sample workload.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Sample {
+    /// What it speaks.
+    kind: SampleKind,
+    /// The port on 127.0.0.1.
+    #[arg(long)]
+    port: u16,
+    /// What it calls itself.
+    #[arg(long, default_value = "sample")]
+    name: String,
+    /// How late it answers an INVITE.
+    #[arg(long, default_value = "0", value_parser = strowger_contract::duration::parse)]
+    stall: Duration,
+}
+
+/// What a sample speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum SampleKind {
+    /// Answers every call.
+    Sip,
+    /// Grants everything.
+    Diameter,
+    /// Echoes.
+    Tcp,
+}
+
+/// Runs a sample workload until it is told to end.
+///
+/// # Errors
+/// Its port is taken.
+pub async fn sample(sample: &Sample) -> Result<()> {
+    let Sample { kind, port, name, stall } = sample;
+    let serve = async {
+        match kind {
+            SampleKind::Sip => sip::serve(*port, name, *stall).await,
+            SampleKind::Diameter => diameter::serve(*port, name).await,
+            SampleKind::Tcp => tcp::serve(*port).await,
+        }
+    };
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        () = serve => anyhow::bail!("port {port} cannot be bound"),
+        _ = terminate.recv() => Ok(()),
+    }
+}
 
 /// What the demo does.
 #[derive(clap::Args, Clone, Debug)]
@@ -97,9 +150,6 @@ struct Ports {
     sip: u16,
     diameter: u16,
     tcp: u16,
-    ims: [u16; 3],
-    pcrf: [u16; 2],
-    db: [u16; 2],
 }
 
 impl Ports {
@@ -115,9 +165,6 @@ impl Ports {
             sip: next(5_060)?,
             diameter: next(3_868)?,
             tcp: next(7_007)?,
-            ims: [next(5_071)?, next(5_072)?, next(5_073)?],
-            pcrf: [next(3_871)?, next(3_872)?],
-            db: [next(7_071)?, next(7_072)?],
         })
     }
 
@@ -127,13 +174,6 @@ impl Ports {
             .replace("SIP", &self.sip.to_string())
             .replace("DIAMETER", &self.diameter.to_string())
             .replace("TCP", &self.tcp.to_string())
-            .replace("IMS_A", &self.ims[0].to_string())
-            .replace("IMS_B", &self.ims[1].to_string())
-            .replace("IMS_C", &self.ims[2].to_string())
-            .replace("PCRF_A", &self.pcrf[0].to_string())
-            .replace("PCRF_B", &self.pcrf[1].to_string())
-            .replace("DB_A", &self.db[0].to_string())
-            .replace("DB_B", &self.db[1].to_string())
     }
 }
 
@@ -180,38 +220,41 @@ pub async fn run(options: Options) -> Result<()> {
     let file = folder.0.join("edge.yaml");
     std::fs::write(&file, ports.config())
         .with_context(|| format!("{} cannot be written", file.display()))?;
-    let (alive, is_alive) = watch::channel(true);
     let counts = Arc::new(Counts::default());
     let stop = CancellationToken::new();
-    let samples = start_samples(ports, &options, is_alive, Arc::clone(&counts), stop.clone())?;
     let edge = Edge::start(ConfigSource::Paths(vec![file.clone()]), Protocols::standard()).await?;
+    let manifest = folder.0.join("agent.yaml");
+    std::fs::write(&manifest, workloads(ports.admin)?)
+        .with_context(|| format!("{} cannot be written", manifest.display()))?;
+    let agent = start_agent(&folder.0, stop.clone())?;
+    let socket = folder.0.join("agent/agent.sock");
+    deploy(&socket, &manifest).await?;
+    let traffic = start_traffic(ports, &options, Arc::clone(&counts), stop.clone())?;
     println!(
         "An edge with three SIP, two Diameter and two TCP instances behind it, all on loopback."
     );
     println!("  status page    http://{}/", edge.admin_address());
     println!("  configuration  {} (edit it: changes apply at once)", file.display());
+    println!("  workloads      strowger agent status --socket {}", socket.display());
     println!(
         "  SIP udp and tcp 127.0.0.1:{}, Diameter tcp 127.0.0.1:{}, TCP 127.0.0.1:{}",
         ports.sip, ports.diameter, ports.tcp
     );
     println!("  Ctrl-C ends all of it.\n");
-    watch_it(&edge, &options, &alive, &counts).await?;
+    watch_it(&edge, &options, &socket, &counts).await?;
     stop.cancel();
     edge.stop().await;
-    if samples.join().is_err() {
-        eprintln!("the samples' thread panicked");
+    for thread in [traffic, agent] {
+        if thread.join().is_err() {
+            eprintln!("a thread of the demo panicked");
+        }
     }
     println!("{counts}");
     Ok(())
 }
 
 /// Prints what happens until the end.
-async fn watch_it(
-    edge: &Edge,
-    options: &Options,
-    alive: &watch::Sender<bool>,
-    counts: &Counts,
-) -> Result<()> {
+async fn watch_it(edge: &Edge, options: &Options, agent: &Path, counts: &Counts) -> Result<()> {
     let (mut interrupt, mut terminate) =
         (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut events = edge.events().subscribe(u64::MAX).future;
@@ -220,13 +263,14 @@ async fn watch_it(
     let screen = std::io::stdout().is_terminal();
     let mut out = std::io::stdout();
     let wipe = if screen { "\r\x1b[K" } else { "" };
+    let mut deaths = 0;
     loop {
         tokio::select! {
             _ = interrupt.recv() => break,
             _ = terminate.recv() => break,
             event = events.recv() => {
                 if let Ok(event) = event
-                    && matches!(event.kind.as_str(), "backend_down" | "backend_up" | "backend_added" | "backend_removed" | "backend_ejected" | "backend_returned" | "config_reloaded" | "config_rejected" | "drain_started" | "drain_ended")
+                    && matches!(event.kind.as_str(), "backend_down" | "backend_up" | "backend_added" | "backend_removed" | "backend_ejected" | "backend_returned" | "config_reloaded" | "config_rejected" | "drain_started" | "drain_ended" | "instance_registered" | "instance_left" | "instance_replaced" | "lease_lapsed")
                 {
                     writeln!(out, "{wipe}  {} {} {} {}", event.kind, event.pool, event.instance, event.detail)?;
                 }
@@ -236,11 +280,11 @@ async fn watch_it(
                 if options.lasting.is_some_and(|lasting| elapsed >= lasting) {
                     break;
                 }
-                let wanted = options.no_deaths || !is_death_time(elapsed);
-                if *alive.borrow() != wanted {
-                    let what = if wanted { "are started again" } else { "are killed" };
-                    writeln!(out, "{wipe}> ims-b and pcrf-b {what}")?;
-                    alive.send_replace(wanted);
+                if !options.no_deaths && deaths_until(elapsed) > deaths {
+                    deaths += 1;
+                    writeln!(out, "{wipe}> {} are killed; the agent starts them again", VICTIMS.join(" and "))?;
+                    let socket = agent.to_owned();
+                    tokio::task::spawn_blocking(move || agent::kill_instances(&socket, &VICTIMS)).await??;
                 }
                 let end = if screen { "" } else { "\n" };
                 write!(out, "{wipe}{:>4} s  {counts}{end}", elapsed.as_secs())?;
@@ -252,35 +296,50 @@ async fn watch_it(
     Ok(())
 }
 
-fn is_death_time(elapsed: Duration) -> bool {
-    let within = Duration::from_secs(elapsed.as_secs() % DEATH_EVERY.as_secs());
-    within >= DEATH_AFTER && within < DEATH_AFTER + DEATH_LASTS
+/// How often instances should have been killed by now.
+fn deaths_until(elapsed: Duration) -> u64 {
+    let since = elapsed.checked_sub(DEATH_AFTER);
+    since.map_or(0, |since| since.as_secs() / DEATH_EVERY.as_secs() + 1)
 }
 
-fn start_samples(
+/// The manifest of the sample workloads.
+fn workloads(admin: u16) -> Result<String> {
+    let program = std::env::current_exe().context("the program's own path is unknown")?;
+    Ok(include_str!("workloads.yaml")
+        .replace("ADMIN", &admin.to_string())
+        .replace("STROWGER", &program.display().to_string()))
+}
+
+fn start_agent(folder: &Path, stop: CancellationToken) -> Result<std::thread::JoinHandle<()>> {
+    let mut options = agent::Options::with_state(folder.join("agent"));
+    options.stop_instances = true;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let body = move || {
+        if let Err(error) = runtime.block_on(agent::serve(options, stop)) {
+            eprintln!("the agent ended: {error:#}");
+        }
+    };
+    Ok(std::thread::Builder::new().name("agent".to_owned()).spawn(body)?)
+}
+
+/// Applies the manifest and waits until all instances serve.
+async fn deploy(socket: &Path, manifest: &Path) -> Result<()> {
+    let (socket, manifest) = (socket.to_owned(), manifest.to_owned());
+    let deployed = move || agent::deploy(&socket, &manifest, INSTANCES, START_LIMIT);
+    tokio::task::spawn_blocking(deployed).await?
+}
+
+fn start_traffic(
     ports: Ports,
     options: &Options,
-    is_alive: watch::Receiver<bool>,
     counts: Arc<Counts>,
     stop: CancellationToken,
 ) -> Result<std::thread::JoinHandle<()>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let calls = options.calls;
-    let thread = std::thread::Builder::new().name("samples".to_owned()).spawn(move || {
+    let thread = std::thread::Builder::new().name("traffic".to_owned()).spawn(move || {
         runtime.block_on(async move {
             let mut tasks = JoinSet::new();
-            let (_always, always) = watch::channel(true);
-            for (index, name) in ["ims-a", "ims-b", "ims-c"].into_iter().enumerate() {
-                let alive = if index == 1 { is_alive.clone() } else { always.clone() };
-                tasks.spawn(while_alive(alive, move || sip::serve(ports.ims[index], name)));
-            }
-            for (index, name) in ["pcrf-a", "pcrf-b"].into_iter().enumerate() {
-                let alive = if index == 1 { is_alive.clone() } else { always.clone() };
-                tasks.spawn(while_alive(alive, move || diameter::serve(ports.pcrf[index], name)));
-            }
-            for port in ports.db {
-                tasks.spawn(while_alive(always.clone(), move || tcp::serve(port)));
-            }
             let address = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
             tasks.spawn(sip::traffic(address(ports.sip), calls, Arc::clone(&counts)));
             tasks.spawn(diameter::traffic(address(ports.diameter), Arc::clone(&counts)));
@@ -291,39 +350,21 @@ fn start_samples(
     Ok(thread)
 }
 
-/// Runs an instance while it is to be alive, again and again.
-async fn while_alive<F>(mut alive: watch::Receiver<bool>, serve: impl Fn() -> F)
-where
-    F: Future<Output = ()>,
-{
-    loop {
-        if alive.wait_for(|alive| *alive).await.is_err() {
-            return;
-        }
-        tokio::select! {
-            () = serve() => tokio::time::sleep(Duration::from_millis(100)).await,
-            ended = async { alive.wait_for(|alive| !*alive).await.is_err() } => if ended {
-                return;
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn instances_die_for_a_while_and_return() {
-        let at = |seconds| is_death_time(Duration::from_secs(seconds));
-        assert!(!at(0) && !at(9) && at(10) && at(14) && !at(15) && !at(39) && at(40));
+    fn instances_are_killed_now_and_then() {
+        let at = |seconds| deaths_until(Duration::from_secs(seconds));
+        assert_eq!((at(0), at(9), at(10), at(39), at(40), at(71)), (0, 0, 1, 1, 2, 3));
     }
 
     #[test]
     fn the_configuration_has_all_its_ports() {
         let ports = Ports::find().expect("ports");
         let text = ports.config();
-        for placeholder in ["ADMIN", "SIP", "DIAMETER", "TCP", "IMS_", "PCRF_", "DB_"] {
+        for placeholder in ["ADMIN", "SIP", "DIAMETER", "TCP"] {
             assert!(!text.contains(placeholder), "{placeholder}:\n{text}");
         }
     }

@@ -14,18 +14,39 @@ use super::Counts;
 const T1: Duration = Duration::from_millis(500);
 const PATIENCE: Duration = Duration::from_secs(16);
 
-/// Answers requests until it is dropped.
-pub(super) async fn serve(port: u16, name: &str) {
+/// Answers requests until it is dropped; an INVITE so late as `stall` says, with a line on standard
+/// output.
+pub(super) async fn serve(port: u16, name: &str, stall: Duration) {
     let Ok(socket) = UdpSocket::bind(("127.0.0.1", port)).await else { return };
+    let socket = Arc::new(socket);
     let mut buffer = vec![0; 65_536];
+    let mut late = tokio::task::JoinSet::new();
     loop {
+        while late.try_join_next().is_some() {}
         // A refused answer of before shows up here; there is nothing to do about it.
         let Ok((length, from)) = socket.recv_from(&mut buffer).await else { continue };
         let Ok(request) = std::str::from_utf8(&buffer[..length]) else { continue };
-        for answer in answers(request, name, port) {
-            if socket.send_to(answer.as_bytes(), from).await.is_err() {
-                break;
-            }
+        let answers = answers(request, name, port);
+        let method = request.split(' ').next().unwrap_or_default();
+        if ["INVITE", "BYE"].contains(&method) {
+            println!("{method} {}", value(request, "Call-ID"));
+        }
+        if method == "INVITE" && !stall.is_zero() {
+            let socket = Arc::clone(&socket);
+            late.spawn(async move {
+                sleep(stall).await;
+                send(&socket, &answers, from).await;
+            });
+        } else {
+            send(&socket, &answers, from).await;
+        }
+    }
+}
+
+async fn send(socket: &UdpSocket, answers: &[String], to: SocketAddr) {
+    for answer in answers {
+        if socket.send_to(answer.as_bytes(), to).await.is_err() {
+            break;
         }
     }
 }

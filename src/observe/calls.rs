@@ -231,7 +231,7 @@ impl Calls {
 }
 
 /// `2026-01-02T03:04:05.678901Z`.
-fn rfc3339(since_1970: Duration) -> String {
+pub(crate) fn rfc3339(since_1970: Duration) -> String {
     let (seconds, micros) = (since_1970.as_secs(), since_1970.subsec_micros());
     let (days, of_day) = (seconds / 86_400, seconds % 86_400);
     // Days to a date of the Gregorian calendar, in eras of 400 years that begin on 1 March.

@@ -15,6 +15,7 @@ mod tap;
 mod traces;
 
 pub use brownout::BrownoutMetrics;
+pub(crate) use calls::rfc3339;
 pub use calls::{Calls, CdrSettings, Told};
 pub use dns::DnsMetrics;
 pub use events::{Event, Events, Subscription};

@@ -33,6 +33,26 @@ fn the_committed_schema_is_the_one_that_the_types_give() {
     );
 }
 
+/// After a wanted change: `cargo run -- schema agent > config/agent.schema.json`.
+#[test]
+fn the_agents_committed_schema_is_the_one_that_the_types_give_and_its_example_is_good() {
+    let committed =
+        fs::read_to_string(root().join("config/agent.schema.json")).expect("the schema");
+    let committed: Value = serde_json::from_str(&committed).expect("JSON");
+    let told = strowger(root(), &["schema", "agent"]);
+    let told: Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    assert!(
+        committed == told,
+        "config/agent.schema.json is old: cargo run -- schema agent > config/agent.schema.json"
+    );
+    let schema = jsonschema::validator_for(&told).expect("a schema");
+    for example in ["config/agent.yaml", "src/demo/workloads.yaml"] {
+        assert_eq!(mistakes(&schema, &root().join(example)), Some(Vec::new()));
+    }
+    let output = strowger(root(), &["agent", "check", "config/agent.yaml"]);
+    assert!(output.status.success(), "{}", text(&output.stdout));
+}
+
 #[test]
 fn examples_are_good_for_the_edge_and_for_the_schema() {
     let schema = jsonschema::validator_for(&schema()).expect("a schema");

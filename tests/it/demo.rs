@@ -12,14 +12,14 @@ fn the_demo_runs_and_nothing_fails() {
     let folder = tempfile::TempDir::new().expect("a folder");
     let log = folder.path().join("demo.log");
     let mut command = Command::new(env!("CARGO_BIN_EXE_strowger"));
-    command.args(["demo", "--for", "18s"]).env("TMPDIR", folder.path());
+    command.args(["demo", "--for", "22s"]).env("TMPDIR", folder.path());
     let mut demo = Process::spawn(&mut command, &log);
-    let code = demo.wait(Duration::from_secs(40));
+    let code = demo.wait(Duration::from_secs(120));
     let text = std::fs::read_to_string(&log).unwrap_or_default();
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("http://127.0.0.1:"), "{text}");
-    assert!(text.contains("backend_down ims ims-b"), "{text}");
-    assert!(text.contains("backend_up ims ims-b"), "{text}");
+    assert!(text.contains("instance_left ims ims-1"), "{text}");
+    assert!(text.contains("instance_registered ims ims-1 generation 2"), "{text}");
     let last = text.lines().last().unwrap_or_default();
     let tallies: Vec<(u64, u64)> = last
         .split('|')

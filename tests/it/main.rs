@@ -4,6 +4,10 @@
 #![allow(missing_docs)]
 
 mod admin_tls;
+mod agent;
+mod agent_rules;
+mod agent_sessions;
+mod agent_support;
 mod decode;
 mod demo;
 mod diameter;

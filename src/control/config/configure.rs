@@ -10,7 +10,7 @@ use strowger_contract::{
     ClassRule, Links, OptionsError, PoolId, Probe, Protocol, Scope, Tracer, Transport,
 };
 
-use super::read::unknown;
+use super::read::{join, unknown};
 use crate::observe::TraceProtocol;
 use crate::routing::Setup;
 
@@ -219,14 +219,14 @@ fn json(value: &impl serde::Serialize) -> Value {
 }
 
 /// The keys that a type's schema knows.
-fn known_keys<T: schemars::JsonSchema>() -> Vec<String> {
+pub(super) fn known_keys<T: schemars::JsonSchema>() -> Vec<String> {
     let schema = schemars::schema_for!(T).to_value();
     let properties = schema.get("properties").and_then(Value::as_object);
     properties.map(|properties| properties.keys().cloned().collect()).unwrap_or_default()
 }
 
 /// Reads a map key by key, so that each wrong one is named.
-fn read<T: DeserializeOwned>(
+pub(super) fn read<T: DeserializeOwned>(
     value: &Value,
     path: &str,
     known: &[String],
@@ -244,7 +244,7 @@ fn read<T: DeserializeOwned>(
     };
     let before = errors.len();
     for (key, value) in map {
-        let path = format!("{path}.{key}");
+        let path = join(path, key);
         if !known.contains(key) {
             let message = unknown("key", key, known.iter().map(String::as_str));
             errors.push(OptionsError { path, message });

@@ -13,6 +13,7 @@
 //! | `providers` | who tells of instances besides |
 //! | `tls` | certificates, keys, authorities |
 //! | `configure` | a protocol's own options |
+//! | `typed` | other YAML documents, with the same errors |
 //! | `schema` | the JSON schema |
 //! | `explain` | effective values and where they come from |
 
@@ -33,6 +34,7 @@ mod read;
 mod schema;
 mod tls;
 mod tree;
+mod typed;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -44,6 +46,7 @@ pub use explain::explain;
 pub use node::{AdminSettings, NodeSettings, RegistrySettings};
 pub use permissions::{Permission, Right};
 pub use schema::edge_schema;
+pub use typed::{Document, read_map, unknown_word};
 
 use crate::routing::PoolNames;
 use read::Reader;

@@ -1,0 +1,304 @@
+//! The agent at the edges: registers, renews, drains, unregisters.
+//!
+//! It runs on a thread of its own, so that nothing else that the agent does can starve a lease. Each
+//! (edge, pool, instance) has a task; it is told how the instance is to stand and makes it so, again and
+//! again: an edge that was down, or forgot, learns it within a heartbeat of its return.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, watch};
+
+use super::http::{Ask, Target, ask};
+use super::manifest::EdgeAddress;
+use super::supervisor::{Acked, View};
+use crate::control::registry::{BeatReply, LeaseState, Registration};
+
+/// How long an edge may take for an answer.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
+
+/// How soon an edge that did not answer is asked again, at first and at most: within a heartbeat of the
+/// default lease.
+const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(2));
+
+/// While sessions are waited out, the edge is asked so often.
+const DRAIN_EVERY: Duration = Duration::from_millis(300);
+
+/// Reports that wait for the agent, at most.
+const REPORTS: usize = 1_024;
+
+/// What an instance is at an edge's pool.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Place {
+    pub(crate) app: String,
+    pub(crate) id: String,
+    pub(crate) edge: String,
+    pub(crate) pool: String,
+}
+
+/// How it is to stand there.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Stand {
+    pub(crate) edge: EdgeAddress,
+    pub(crate) generation: u64,
+    /// `None`: gone.
+    pub(crate) registration: Option<Registration>,
+    /// How long its sessions may still take.
+    pub(crate) drain_s: u64,
+}
+
+impl Stand {
+    /// Whether an edge must be told at once.
+    fn differs(&self, other: &Self) -> bool {
+        (&self.edge, self.generation, &self.registration)
+            != (&other.edge, other.generation, &other.registration)
+    }
+}
+
+/// What an edge said.
+#[derive(Clone, Debug)]
+pub(crate) struct Report {
+    pub(crate) place: Place,
+    pub(crate) view: View,
+}
+
+/// All that is to stand somewhere.
+pub(crate) type Wanted = HashMap<Place, Stand>;
+
+/// The thread's handle.
+pub(crate) struct Edges {
+    wanted: watch::Sender<Arc<Wanted>>,
+}
+
+impl Edges {
+    /// Starts the thread. It ends with its handle.
+    pub(crate) fn start(clock: fn() -> u64) -> std::io::Result<(Self, mpsc::Receiver<Report>)> {
+        let (wanted, mut changes) = watch::channel(Arc::new(Wanted::new()));
+        let (reports, receiver) = mpsc::channel(REPORTS);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        std::thread::Builder::new().name("edges".to_owned()).spawn(move || {
+            runtime.block_on(async move {
+                let mut tasks: HashMap<Place, watch::Sender<Stand>> = HashMap::new();
+                while changes.changed().await.is_ok() {
+                    let wanted = Arc::clone(&changes.borrow_and_update());
+                    tasks.retain(|place, _| wanted.contains_key(place));
+                    for (place, stand) in wanted.iter() {
+                        if let Some(task) = tasks.get(place) {
+                            task.send_if_modified(|known| {
+                                let differs = known.differs(stand);
+                                known.clone_from(stand);
+                                differs
+                            });
+                            continue;
+                        }
+                        let (sender, changes) = watch::channel(stand.clone());
+                        let task = Task {
+                            place: place.clone(),
+                            changes,
+                            reports: reports.clone(),
+                            clock,
+                            told: None,
+                            drained: None,
+                            view: View::default(),
+                        };
+                        tokio::spawn(task.run());
+                        tasks.insert(place.clone(), sender);
+                    }
+                }
+            });
+        })?;
+        Ok((Self { wanted }, receiver))
+    }
+
+    /// Says how all is to stand.
+    pub(crate) fn want(&self, wanted: Wanted) {
+        self.wanted.send_if_modified(|known| {
+            let differs = **known != wanted;
+            *known = Arc::new(wanted);
+            differs
+        });
+    }
+}
+
+/// One instance at one edge's pool.
+struct Task {
+    place: Place,
+    changes: watch::Receiver<Stand>,
+    reports: mpsc::Sender<Report>,
+    clock: fn() -> u64,
+    /// What was last registered.
+    told: Option<Registration>,
+    /// The generation whose drain was ordered.
+    drained: Option<u64>,
+    view: View,
+}
+
+impl Task {
+    async fn run(mut self) {
+        let mut pause = RETRY.0;
+        loop {
+            let stand = self.changes.borrow_and_update().clone();
+            let next = match self.tell(&stand).await {
+                Ok(next) => {
+                    pause = RETRY.0;
+                    self.view.error = None;
+                    self.view.heard = (self.clock)();
+                    next
+                }
+                Err(error) => {
+                    self.view.error = Some(error);
+                    let next = pause;
+                    pause = (pause * 2).min(RETRY.1);
+                    Some(next)
+                }
+            };
+            self.view.generation = stand.generation;
+            let report = Report { place: self.place.clone(), view: self.view.clone() };
+            if self.reports.send(report).await.is_err() {
+                return;
+            }
+            let pause = async {
+                match next {
+                    Some(next) => tokio::time::sleep(next).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                changed = self.changes.changed() => if changed.is_err() {
+                    return;
+                },
+                () = pause => {}
+            }
+        }
+    }
+
+    /// Makes it so; when to look again.
+    async fn tell(&mut self, stand: &Stand) -> Result<Option<Duration>, String> {
+        if self.view.generation != stand.generation {
+            self.view = View { error: self.view.error.take(), ..View::default() };
+            self.told = None;
+        }
+        let Some(registration) = &stand.registration else {
+            return self.leave(stand).await;
+        };
+        if self.told.as_ref().is_none_or(|told| !same_but_state(told, registration)) {
+            self.register(stand, registration).await?;
+        }
+        let draining = registration.state == LeaseState::Draining;
+        if draining && self.drained != Some(stand.generation) {
+            let body = json!({ "deadline_s": stand.drain_s.max(1) });
+            let (status, text) = self.ask(stand, "POST", "/drain", None, Some(body)).await?;
+            match status {
+                200..300 => self.drained = Some(stand.generation),
+                404 => {
+                    self.told = None;
+                    return Ok(Some(Duration::ZERO));
+                }
+                _ => return Err(words(status, &text)),
+            }
+        }
+        let body = json!({ "state": registration.state });
+        let (status, text) =
+            self.ask(stand, "PATCH", "/lease", Some(stand.generation), Some(body)).await?;
+        match status {
+            200..300 => {}
+            // It forgot us, or another generation is there: once more from the start.
+            404 | 412 => {
+                self.told = None;
+                self.drained = None;
+                self.view.acked = Acked::Nothing;
+                return if status == 404 {
+                    Ok(Some(Duration::ZERO))
+                } else {
+                    Err(words(status, &text))
+                };
+            }
+            _ => return Err(words(status, &text)),
+        }
+        let reply: BeatReply = serde_json::from_slice(&text)
+            .map_err(|error| format!("a heartbeat's answer: {error}"))?;
+        self.view.acked = Acked::State(registration.state);
+        self.view.sessions = reply.sessions;
+        self.view.miss_ppm = reply.deadline_miss_ppm;
+        self.view.samples = reply.samples;
+        self.view.p99_ms = reply.p99_ms;
+        let next = Duration::from_millis(reply.next_ms.max(50));
+        Ok(Some(if draining { next.min(DRAIN_EVERY) } else { next }))
+    }
+
+    async fn register(&mut self, stand: &Stand, registration: &Registration) -> Result<(), String> {
+        let body = serde_json::to_value(registration).map_err(|error| error.to_string())?;
+        // We started the process there: the address is its.
+        let generation = Some(stand.generation);
+        let (status, text) =
+            self.ask(stand, "PUT", "?supersede=true", generation, Some(body)).await?;
+        if !(200..300).contains(&status) {
+            return Err(words(status, &text));
+        }
+        self.told = Some(registration.clone());
+        if registration.state != LeaseState::Draining {
+            self.drained = None;
+        }
+        Ok(())
+    }
+
+    async fn leave(&mut self, stand: &Stand) -> Result<Option<Duration>, String> {
+        if self.view.acked == Acked::Gone {
+            return Ok(None);
+        }
+        let generation = (stand.generation > 0).then_some(stand.generation);
+        let (status, text) = self.ask(stand, "DELETE", "", generation, None).await?;
+        match status {
+            // 412: a later generation is there, so this one is gone.
+            200..300 | 404 | 412 => {
+                self.view = View { acked: Acked::Gone, ..View::default() };
+                self.told = None;
+                self.drained = None;
+                Ok(None)
+            }
+            _ => Err(words(status, &text)),
+        }
+    }
+
+    async fn ask(
+        &self,
+        stand: &Stand,
+        method: &'static str,
+        what: &str,
+        generation: Option<u64>,
+        body: Option<Value>,
+    ) -> Result<(u16, bytes::Bytes), String> {
+        let target = Target::parse(&stand.edge.url)?;
+        let token = match &stand.edge.token_file {
+            Some(file) => Some(
+                std::fs::read_to_string(file)
+                    .map_err(|error| format!("{}: {error}", file.display()))?,
+            ),
+            None => None,
+        };
+        let path = format!("/api/v1/pools/{}/instances/{}{what}", self.place.pool, self.place.id);
+        let question = Ask {
+            method,
+            path: &path,
+            token: token.as_deref().map(str::trim),
+            generation,
+            body: body.map(|body| body.to_string()).unwrap_or_default(),
+        };
+        ask(&target, &question, ANSWER_TIME).await
+    }
+}
+
+/// What differs only in its state is told by a heartbeat.
+fn same_but_state(one: &Registration, two: &Registration) -> bool {
+    let mut one = one.clone();
+    one.state = two.state;
+    one == *two
+}
+
+fn words(status: u16, text: &[u8]) -> String {
+    let value: Value = serde_json::from_slice(text).unwrap_or(Value::Null);
+    let part = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
+    format!("{status} {} {}", part("title"), part("detail")).trim().to_owned()
+}

@@ -91,9 +91,10 @@ impl Bus {
 fn config(sip: u16, nats: u16, folder: &TempDir, more: &str) -> String {
     let file = folder.path().join("password");
     std::fs::write(&file, "a-secret-word\n").expect("written");
+    let nobody = free_port();
     format!(
         "version: 1\nnode: {{ name: edge-1, workers: 1 }}\nadmin: {{ listen: ADMIN }}\n\
-         providers:\n  cloud_foundry:\n    servers: [\"nats://127.0.0.1:{nats}\", \"nats://127.0.0.1:1\"]\n    \
+         providers:\n  cloud_foundry:\n    servers: [\"nats://127.0.0.1:{nats}\", \"nats://127.0.0.1:{nobody}\"]\n    \
          user: cf\n    password_file: {}\n    pools: {{ ims.apps.example: ims }}\n    {more}\n\
          listeners:\n  - {{ name: sip, protocol: sip, bind: [udp://127.0.0.1:{sip}], pool: ims }}\n\
          pools:\n  ims: {{ debounce: 0 }}\n",

@@ -182,7 +182,6 @@ fn wait_for(main: u32) -> String {
 
 /// The last step before the program: limits, then exec. Only returns if that fails.
 pub(crate) fn enter(root: PathBuf, generation: u64) -> ExitCode {
-    // First of all, so that the sockets get the numbers from 3 on (sd_listen_fds(3)).
     let sockets = pass::receive(rustix::stdio::stdin());
     let places = Places { root };
     let launch = read::<Launch>(&places.file("launch.json"));
@@ -197,15 +196,17 @@ pub(crate) fn enter(root: PathBuf, generation: u64) -> ExitCode {
     let mut command = Command::new(&launch.exec[0]);
     command.args(&launch.exec[1..]).current_dir(&launch.folder).stdin(Stdio::null());
     if !sockets.is_empty() {
-        if let Err(error) = pass::number(&sockets) {
-            eprintln!("strowger: sockets cannot be handed over: {error}");
-            return ExitCode::from(126);
-        }
         command.env("LISTEN_PID", std::process::id().to_string());
         command.env("LISTEN_FDS", sockets.len().to_string());
         command.env("LISTEN_FDNAMES", launch.listen.join(":"));
+        if let Err(error) = crate::runtime::sys::place_for_exec(&sockets) {
+            eprintln!("strowger: sockets cannot be handed over: {error}");
+            return ExitCode::from(126);
+        }
     }
     let error = command.exec();
     eprintln!("strowger: {}: {error}", launch.exec[0]);
+    // Their numbers may be others' by now; the process ends here.
+    std::mem::forget(sockets);
     ExitCode::from(127)
 }

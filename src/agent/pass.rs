@@ -2,7 +2,7 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -11,9 +11,6 @@ use rustix::net::{
 
 /// Sockets of one instance, at most.
 const SOCKETS_MAX: usize = 32;
-
-/// The first number of a handed-over socket (sd_listen_fds(3)).
-const FIRST: i32 = 3;
 
 /// Sends sockets, or the word that there are none.
 pub(crate) fn send(to: impl AsFd, sockets: &[OwnedFd]) -> std::io::Result<()> {
@@ -43,16 +40,4 @@ pub(crate) fn receive(from: impl AsFd) -> Vec<OwnedFd> {
         }
     }
     found
-}
-
-/// Makes sure that sockets have the numbers from 3 on and live on in the program.
-pub(crate) fn number(sockets: &[OwnedFd]) -> Result<(), String> {
-    for (wanted, socket) in (FIRST..).zip(sockets) {
-        if socket.as_raw_fd() != wanted {
-            return Err(format!("one has number {} instead of {wanted}", socket.as_raw_fd()));
-        }
-        rustix::io::fcntl_setfd(socket, rustix::io::FdFlags::empty())
-            .map_err(|error| error.to_string())?;
-    }
-    Ok(())
 }

@@ -1,10 +1,12 @@
 //! The only unsafe code of the project: system calls that no safe wrapper offers without
 //! allocating. Each block says which sentence of the man page it keeps to.
 
+mod handover;
 mod icmp;
 mod mmsg;
 mod watched;
 
+pub(crate) use handover::place_for_exec;
 pub(crate) use icmp::{SendError, keep_errors, next_error};
 pub(crate) use mmsg::{RecvBatch, SendBatch};
 pub(crate) use watched::watched;

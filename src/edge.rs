@@ -3,11 +3,15 @@
 //! The control side (configuration, probes, admin HTTP, the core's ticks) runs on the caller's
 //! runtime and never on a worker's thread; the two meet in the core's snapshot.
 
+// Long because: the start of an edge and what its admin API sees share all of its parts.
+
+mod upgrade;
+
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
@@ -26,7 +30,10 @@ use crate::control::{pressure, probes, service, watch};
 use crate::observe::{BrownoutMetrics, DnsMetrics, Event, Events, Metrics, Sinks};
 use crate::protocols::Protocols;
 use crate::routing::{Core, CoreEvent, CoreSettings};
-use crate::runtime::{BindFailure, Fleet};
+use crate::runtime::{BindFailure, Fleet, Prepared};
+
+pub use upgrade::Upgrade;
+use upgrade::{Door, Predecessor, admin_listener};
 
 /// How often the core's own time goes on: expiries, the ends of drains and ejections.
 const TICK: Duration = Duration::from_millis(100);
@@ -57,6 +64,9 @@ pub enum StartError {
         /// Why not.
         error: io::Error,
     },
+    /// The old process could not be taken over from; it goes on.
+    #[error("upgrade: {0}")]
+    Upgrade(String),
     /// Threads, randomness: what the system did not give.
     #[error("{0}")]
     System(#[from] io::Error),
@@ -66,6 +76,7 @@ pub enum StartError {
 pub struct Edge {
     inner: Arc<Inner>,
     admin_address: SocketAddr,
+    door: Option<Door>,
     stop: CancellationToken,
     tasks: Vec<tokio::task::JoinHandle<()>>,
 }
@@ -94,6 +105,8 @@ struct Inner {
     config_epoch: AtomicU64,
     workers: u8,
     started: Instant,
+    /// Where the admin API is, and its socket, for a process that takes over.
+    admin_socket: OnceLock<(SocketAddr, std::net::TcpListener)>,
 }
 
 /// The configuration that is in force.
@@ -108,7 +121,21 @@ impl Edge {
     /// # Errors
     /// See [`StartError`]. A single listener that cannot be bound is no error: it is reported, and
     /// the others run.
-    pub async fn start(source: ConfigSource, mut protocols: Protocols) -> Result<Self, StartError> {
+    pub async fn start(source: ConfigSource, protocols: Protocols) -> Result<Self, StartError> {
+        Self::start_upgrading(source, protocols, None).await
+    }
+
+    /// As [`Edge::start`]; takes over what a process has that listens at the upgrade's socket, and
+    /// listens there for the next one.
+    ///
+    /// # Errors
+    /// See [`StartError`]. After [`StartError::Upgrade`] the old process goes on, and this one must
+    /// exit at once: its workers may hold descriptors of the old one's.
+    pub async fn start_upgrading(
+        source: ConfigSource,
+        mut protocols: Protocols,
+        upgrade: Option<Upgrade>,
+    ) -> Result<Self, StartError> {
         let metrics = Metrics::new();
         let events = Events::new(Arc::clone(&metrics));
         let launchers = protocols.take_launchers();
@@ -123,12 +150,30 @@ impl Edge {
         let mut random = [0; 56];
         fill_random(&mut random)?;
         let settings = core_settings(&first, &random);
-        let workers = settings.workers;
         let seed = settings.seed;
-        let core = Core::new(settings, now);
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let names = Names::start(DnsMetrics::new(&metrics), Arc::clone(&events))?;
-        let fleet = Fleet::new(
+        let mut predecessor = match &upgrade {
+            Some(upgrade) => Predecessor::meet(upgrade)?,
+            None => None,
+        };
+        let (workers, started, core) = match &predecessor {
+            Some(old) => {
+                let (seed, workers) = (&old.welcome.core, settings.workers);
+                if seed.workers != workers {
+                    let detail = format!(
+                        "{} workers, as before; {workers} only after a restart",
+                        seed.workers
+                    );
+                    events.emit(Event::node(Level::Warn, "upgrade_keeps_workers", detail));
+                }
+                let core = Core::planted(settings, seed)
+                    .ok_or_else(|| old.failed("it has no token keys".into()))?;
+                (seed.workers, old.welcome.started, core)
+            }
+            None => (settings.workers, since_1970.as_secs() as u32, Core::new(settings, now)),
+        };
+        let mut fleet = Fleet::new(
             workers,
             launchers,
             Arc::clone(&core),
@@ -137,8 +182,15 @@ impl Edge {
             sinks.clone(),
             Arc::clone(&names) as _,
             seed,
-            since_1970.as_secs() as u32,
+            started,
         )?;
+        let theirs = match &mut predecessor {
+            Some(old) => {
+                let address = old.welcome.admin;
+                old.give_sockets(&mut fleet)?.and_then(|fd| Some((address?, fd)))
+            }
+            None => None,
+        };
         let registry = Registry::new(
             Arc::clone(&core),
             Arc::clone(&events),
@@ -169,6 +221,7 @@ impl Edge {
             config_epoch: AtomicU64::new(0),
             workers,
             started: now,
+            admin_socket: OnceLock::new(),
         });
         let weak = Arc::downgrade(&inner);
         registry.on_change(move || {
@@ -182,26 +235,58 @@ impl Edge {
         let admin = loaded.admin.clone();
         let wanted = loaded.spec.listeners.len();
         inner.seen().clone_from(&loaded.sources);
-        let failures = inner.apply(loaded);
+        if let Some(old) = &predecessor {
+            registry.take_over(&old.welcome.registry).map_err(|why| old.failed(why))?;
+        }
+        let admin_error = |error| StartError::Admin { address: admin.listen, error };
+        let listener = match admin_listener(admin.listen, theirs) {
+            Ok(listener) => listener,
+            Err(error) => {
+                if let Some(old) = &predecessor {
+                    return Err(old.failed(admin_error(error).to_string()));
+                }
+                inner.fleet().end();
+                return Err(admin_error(error));
+            }
+        };
+        let tls = admin.tls.as_ref().map(|spec| {
+            let server = inner.fleet().tls().server(spec);
+            server.map(|server| (server, spec.handshake))
+        });
+        let tls = match tls.transpose() {
+            Ok(tls) => tls,
+            Err(why) => {
+                if let Some(old) = &predecessor {
+                    return Err(old.failed(why));
+                }
+                inner.fleet().end();
+                return Err(StartError::System(io::Error::other(why)));
+            }
+        };
+        let failures = match &predecessor {
+            Some(old) => inner.succeed(loaded, old)?,
+            None => inner.apply(loaded),
+        };
         if wanted > 0 && failures.len() == wanted {
             inner.fleet().end();
             return Err(StartError::Bind(failures.join("\n")));
         }
-        let listener = TcpListener::bind(admin.listen).await.map_err(|error| {
-            inner.fleet().end();
-            StartError::Admin { address: admin.listen, error }
-        })?;
+        // Told once: this is the start.
+        let _first = inner.admin_socket.set((admin.listen, listener.try_clone()?));
+        let listener = TcpListener::from_std(listener)?;
         let admin_address = listener.local_addr()?;
         let stop = CancellationToken::new();
-        let mut edge = Self { inner, admin_address, stop, tasks: Vec::new() };
-        let tls = match &admin.tls {
-            Some(spec) => {
-                let server = edge.inner.fleet().tls().server(spec);
-                let server = server.map_err(|error| StartError::System(io::Error::other(error)))?;
-                Some((server, spec.handshake))
+        let door = match upgrade.map(|upgrade| Door::open(&inner, &upgrade)).transpose() {
+            Ok(door) => door,
+            // Everything is here already, and must not be lost for the next upgrade's sake.
+            Err(error) if predecessor.is_some() => {
+                let detail = error.to_string();
+                inner.events.emit(Event::node(Level::Warn, "upgrade_socket_failed", detail));
+                None
             }
-            None => None,
+            Err(error) => return Err(error),
         };
+        let mut edge = Self { inner, admin_address, door, stop, tasks: Vec::new() };
         edge.spawn_tasks(listener, admin.token, tls, seed);
         edge.inner.ready.store(true, Ordering::Relaxed);
         Ok(edge)
@@ -300,9 +385,39 @@ impl Edge {
         }
     }
 
+    /// Waits until another process has taken over everything; its number. For ever without an
+    /// upgrade's socket.
+    pub async fn left(&self) -> i32 {
+        match &self.door {
+            Some(door) => door.left().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// After [`Edge::left`]: the control side ends, and connections that could not be moved (those
+    /// over TLS) go on until they end, `deadline` has passed, or `hurry` is cancelled.
+    pub async fn stay_for_the_rest(&mut self, deadline: Duration, hurry: &CancellationToken) {
+        self.inner.ready.store(false, Ordering::Relaxed);
+        self.stop.cancel();
+        for task in self.tasks.drain(..) {
+            let _ended = task.await;
+        }
+        let end = Instant::now() + deadline;
+        while Instant::now() < end && !hurry.is_cancelled() {
+            let left = self.inner.fleet().connections();
+            if left == 0 {
+                break;
+            }
+            tokio::time::sleep(TICK).await;
+        }
+    }
+
     /// Ends everything.
     pub async fn stop(mut self) {
         self.stop.cancel();
+        if let Some(door) = &self.door {
+            door.close();
+        }
         for task in self.tasks.drain(..) {
             // A task that panicked has already been logged by the panic itself.
             let _ended = task.await;
@@ -532,7 +647,16 @@ impl Inner {
     }
 
     /// Binds what is new, swaps the snapshot, starts and closes listeners; what could not be bound.
-    fn apply(&self, mut loaded: Loaded) -> Vec<String> {
+    fn apply(&self, loaded: Loaded) -> Vec<String> {
+        self.apply_by(loaded, Fleet::commit)
+    }
+
+    /// [`Inner::apply`], where `commit` starts and closes listeners.
+    fn apply_by(
+        &self,
+        mut loaded: Loaded,
+        commit: impl FnOnce(&mut Fleet, Prepared),
+    ) -> Vec<String> {
         for warning in &loaded.warnings {
             self.events.emit(Event::node(Level::Warn, "config_warning", warning.clone()));
         }
@@ -552,7 +676,7 @@ impl Inner {
         let mut spec = loaded.spec.clone();
         self.registry.merge(&mut spec, self.core.pool_names());
         let plan = self.core.apply(Instant::now(), spec);
-        fleet.commit(prepared);
+        commit(&mut fleet, prepared);
         drop(fleet);
         for (pool, instance) in &plan.pin_collisions {
             let detail = "its pin is another's: give it another id".to_owned();

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser, Subcommand};
 use strowger::cli;
 use strowger::control::{config, service};
-use strowger::edge::{ConfigSource, Edge};
+use strowger::edge::{ConfigSource, Edge, Upgrade};
 use strowger::observe::{Format, init_logging};
 use strowger::protocols::Protocols;
 use tokio::signal::unix::{SignalKind, signal};
@@ -34,6 +34,16 @@ enum Command {
         /// After SIGTERM: how long to wait for what is under way.
         #[arg(long, default_value = "30s", value_name = "TIME", value_parser = duration)]
         drain: Duration,
+        /// Take over all that runs from the process that listens at this socket, if one does, and
+        /// listen there for the next one. See docs/upgrade.md; SIGUSR2 starts the next one.
+        #[arg(long, value_name = "SOCKET")]
+        upgrade: Option<PathBuf>,
+        /// How long a process that takes over may need to get ready.
+        #[arg(long, default_value = "60s", value_name = "TIME", value_parser = duration)]
+        upgrade_timeout: Duration,
+        /// After a hand-over: how long TLS connections, which cannot be moved, may stay here.
+        #[arg(long, default_value = "1h", value_name = "TIME", value_parser = duration)]
+        upgrade_drain: Duration,
     },
     /// Run an edge on loopback with sample SIP, Diameter and TCP workloads and traffic through it.
     Demo {
@@ -204,9 +214,12 @@ fn main() -> ExitCode {
 impl Command {
     fn run(self) -> Result<ExitCode> {
         match self {
-            Self::Run { config, log, drain } => {
+            Self::Run { config, log, drain, upgrade, upgrade_timeout, upgrade_drain } => {
                 init_logging(log.log_format, &log.log);
-                runtime()?.block_on(run(config, drain))?;
+                let upgrade = upgrade.map(|socket| Upgrade { socket, patience: upgrade_timeout });
+                // A process that could not take over ends by the way of every error: its workers are
+                // not waited for, since what they hold is still the old one's.
+                runtime()?.block_on(run(config, drain, upgrade, upgrade_drain))?;
             }
             Self::Demo { options, log } => {
                 init_logging(Format::Text, &log);
@@ -285,16 +298,39 @@ fn runtime() -> Result<tokio::runtime::Runtime> {
         .context("the control thread cannot start")
 }
 
-async fn run(paths: Vec<PathBuf>, drain: Duration) -> Result<()> {
+async fn run(
+    paths: Vec<PathBuf>,
+    drain: Duration,
+    upgrade: Option<Upgrade>,
+    upgrade_drain: Duration,
+) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let edge = Edge::start(ConfigSource::Paths(paths), Protocols::standard()).await?;
+    let next = upgrade.is_some().then(|| signal(SignalKind::user_defined2())).transpose()?;
+    let source = ConfigSource::Paths(paths);
+    let mut edge = Edge::start_upgrading(source, Protocols::standard(), upgrade).await?;
     tracing::info!("ready; status page at http://{}/", edge.admin_address());
     service::ready("serving");
     let watchdog = tokio::spawn(service::keep_watchdog());
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let starter = tokio::spawn(start_next(next));
+    let left = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        pid = edge.left() => Some(pid),
+    };
+    starter.abort();
+    if let Some(pid) = left {
+        service::main_process(pid);
+        watchdog.abort();
+        let hurry = CancellationToken::new();
+        tokio::select! {
+            () = edge.stay_for_the_rest(upgrade_drain, &hurry) => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        edge.stop().await;
+        tracing::info!("ended; process {pid} serves");
+        return Ok(());
     }
     service::stopping("no new sessions; waiting for those that exist");
     // The first signal drains, a second one ends it now.
@@ -308,6 +344,26 @@ async fn run(paths: Vec<PathBuf>, drain: Duration) -> Result<()> {
     watchdog.abort();
     tracing::info!("ended");
     Ok(())
+}
+
+/// SIGUSR2 starts the program anew as this process's child, from whatever its file is by now and with
+/// the same arguments: under a service manager the new process must come out of the service itself.
+async fn start_next(signals: Option<tokio::signal::unix::Signal>) {
+    let Some(mut signals) = signals else { return };
+    while signals.recv().await.is_some() {
+        let mut arguments = std::env::args_os();
+        let Some(program) = arguments.next() else { return };
+        match std::process::Command::new(&program).args(arguments).spawn() {
+            Ok(mut child) => {
+                tracing::info!("started process {} to take over", child.id());
+                // It is waited for, so that one that fails leaves no zombie.
+                std::thread::spawn(move || child.wait());
+            }
+            Err(error) => {
+                tracing::warn!("{} cannot be started: {error}", program.display());
+            }
+        }
+    }
 }
 
 fn load(paths: &[PathBuf]) -> Result<config::Loaded, config::ConfigErrors> {

@@ -19,6 +19,13 @@ pub fn reloading() {
     }
 }
 
+/// Another process serves from now on: it is the service's main one.
+pub fn main_process(pid: i32) {
+    if let Ok(pid) = u32::try_from(pid) {
+        tell(&[NotifyState::MainPid(pid)]);
+    }
+}
+
 /// The edge leaves.
 pub fn stopping(status: &str) {
     tell(&[NotifyState::Stopping, NotifyState::Status(status)]);

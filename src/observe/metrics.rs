@@ -46,6 +46,8 @@ pub struct Metrics {
     families: Families,
     pools: Mutex<Option<PoolsSource>>,
     /// Reloads that succeeded and failed.
+    upgrades: IntCounterVec,
+    upgrade_pause: Gauge,
     reloads: IntCounterVec,
     epoch: IntGauge,
     reload_success: IntGauge,
@@ -260,6 +262,19 @@ impl Metrics {
         let metrics = Self {
             families,
             pools: Mutex::default(),
+            upgrades: counter(
+                &registry,
+                "strowger_upgrades_total",
+                "Live upgrades by their end: handed_over (to another process), taken_over (from one), failed",
+                &["outcome"],
+            ),
+            upgrade_pause: register(
+                &registry,
+                Gauge::new(
+                    "strowger_upgrade_pause_seconds",
+                    "How long nothing was served at the last live upgrade",
+                ),
+            ),
             reloads: counter(
                 &registry,
                 "strowger_config_reloads_total",
@@ -474,6 +489,14 @@ impl Metrics {
     pub fn provider_gone(&self, name: &str) {
         // It may never have said anything.
         let _absent = self.providers.remove_label_values(&[name]);
+    }
+
+    /// A live upgrade came to an end; how long nothing was served, if it went well.
+    pub fn upgraded(&self, outcome: &str, pause: Option<Duration>) {
+        self.upgrades.with_label_values(&[outcome]).inc();
+        if let Some(pause) = pause {
+            self.upgrade_pause.set(pause.as_secs_f64());
+        }
     }
 
     /// A configuration was loaded, or could not be.

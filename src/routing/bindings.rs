@@ -9,6 +9,8 @@
 //! two sessions of one subscriber that begin at once on two workers one finds the other's instance
 //! (3GPP calls it one PCRF per IP-CAN session's subscriber; Oracle's DSR early binding).
 
+mod saved;
+
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -29,7 +31,7 @@ const SWEEP_SLOTS: usize = 1_024;
 /// Bytes that one session of four names takes in the two tables.
 pub const BYTES_PER_BINDING: usize = size_of::<Session>() + NAMES_PER_SESSION * size_of::<Name>();
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 struct Name {
     /// 0: empty.
     key: u64,
@@ -39,7 +41,7 @@ struct Name {
     expiry: u32,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 struct Session {
     /// 0: empty.
     key: u64,

@@ -23,6 +23,8 @@ pub(super) struct Changes {
     pub(super) known: HashMap<Identity, Known>,
     pub(super) pool_lives: HashMap<String, Arc<PoolLive>>,
     pub(super) next_backend: u32,
+    /// Numbers that another process gave, and that must mean the same here.
+    pub(super) planted: HashMap<Identity, BackendId>,
     pub(super) applied_before: bool,
 }
 
@@ -45,11 +47,14 @@ impl Changes {
         for pool in &self.wanted.pools {
             for backend in &pool.backends {
                 let identity = (pool.name.clone(), backend.id.clone(), backend.generation);
-                let next = &mut self.next_backend;
+                let (next, planted) = (&mut self.next_backend, &self.planted);
                 let known = self.known.entry(identity.clone()).or_insert_with(|| {
-                    *next += 1;
+                    let id = planted.get(&identity).copied().unwrap_or_else(|| {
+                        *next += 1;
+                        BackendId(*next)
+                    });
                     Known {
-                        id: BackendId(*next),
+                        id,
                         live: Arc::new(BackendLive::new(joined)),
                         spec: backend.clone(),
                         left: None,

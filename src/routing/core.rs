@@ -50,16 +50,16 @@ pub struct CoreSettings {
 /// What all workers share.
 #[derive(Debug)]
 pub struct Core {
-    start: Instant,
-    settings: CoreSettings,
-    names: PoolNames,
+    pub(super) start: Instant,
+    pub(super) settings: CoreSettings,
+    pub(super) names: PoolNames,
     snapshot: ArcSwap<Snapshot>,
     tokens: ArcSwap<TokenKeys>,
-    table: SessionTable,
+    pub(super) table: SessionTable,
     bindings: OnceLock<BindingTable>,
     peers: Peers,
     brownout: Brownout,
-    flows: FlowNames,
+    pub(super) flows: FlowNames,
     draining: AtomicBool,
     changes: Mutex<Changes>,
     events: Mutex<Vec<CoreEvent>>,
@@ -78,10 +78,15 @@ impl Core {
     /// An empty core. `now` is the zero of its clock.
     #[must_use]
     pub fn new(settings: CoreSettings, now: Instant) -> Arc<Self> {
+        // A clock that starts above zero keeps "never" and "at the start" apart.
+        Self::starting(settings, now.checked_sub(Duration::from_millis(1)).unwrap_or(now))
+    }
+
+    /// An empty core whose clock has its zero at `start`.
+    pub(super) fn starting(settings: CoreSettings, start: Instant) -> Arc<Self> {
         let snapshot = Snapshot { classes: Class::built_in(), ..Snapshot::default() };
         Arc::new(Self {
-            // A clock that starts above zero keeps "never" and "at the start" apart.
-            start: now.checked_sub(Duration::from_millis(1)).unwrap_or(now),
+            start,
             names: PoolNames::default(),
             snapshot: ArcSwap::from_pointee(snapshot),
             tokens: ArcSwap::from_pointee(settings.token_keys.clone()),
@@ -208,7 +213,7 @@ impl Core {
         self.draining.load(Ordering::Relaxed)
     }
 
-    fn changes(&self) -> MutexGuard<'_, Changes> {
+    pub(super) fn changes(&self) -> MutexGuard<'_, Changes> {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -54,6 +54,15 @@ impl FlowNames {
         self.shard(name).get(&name).copied()
     }
 
+    /// All of them.
+    pub(super) fn all(&self) -> Vec<(u64, FlowId)> {
+        let names = |shard: &Mutex<HashMap<u64, FlowId>>| {
+            let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            shard.iter().map(|(&name, &flow)| (name, flow)).collect::<Vec<_>>()
+        };
+        self.shards.iter().flat_map(names).collect()
+    }
+
     /// Takes the name back, if `flow` still has it.
     pub(super) fn remove(&self, name: u64, flow: FlowId) {
         let mut shard = self.shard(name);

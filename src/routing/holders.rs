@@ -57,7 +57,14 @@ impl Holders {
         block.get(backend.0 as usize % BLOCK)
     }
 
-    fn restarts(&self, backend: BackendId) -> u8 {
+    /// Another process knows how often.
+    pub(super) fn set_restarts(&self, backend: BackendId, restarts: u8) {
+        if let Some(known) = self.at(backend) {
+            known.store(restarts, Relaxed);
+        }
+    }
+
+    pub(super) fn restarts(&self, backend: BackendId) -> u8 {
         self.at(backend).map_or(0, |restarts| restarts.load(Relaxed))
     }
 

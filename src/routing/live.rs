@@ -1,6 +1,10 @@
 //! What is known of a backend from moment to moment. It outlives snapshots: the next one takes it
 //! over by the backend's identity. All of it is atomics; no message takes a lock here.
 
+mod saved;
+
+pub(super) use saved::SavedLive;
+
 use std::sync::Mutex;
 use std::sync::atomic::{
     AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed, Ordering::SeqCst,

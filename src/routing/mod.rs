@@ -19,6 +19,7 @@
 //! | `report` | what an instance's owner is told: misses and response time of the last minute |
 //! | `flows` | names of clients' flows |
 //! | `peers` | subscribers, rates and favour, as engines use them; the operators' table of peers |
+//! | `handover` | all of it, for another process |
 //! | `events`, `view` | what operators see |
 
 mod balance;
@@ -29,6 +30,7 @@ mod changes;
 mod core;
 mod events;
 mod flows;
+mod handover;
 mod holders;
 mod live;
 mod names;
@@ -47,6 +49,7 @@ pub use bindings::{BYTES_PER_BINDING, BindingTable, BindingTotals};
 pub use brownout::{BrownoutSpec, BrownoutView, Pressure, Step};
 pub use core::{Core, CoreSettings, NotFound};
 pub use events::{CoreEvent, Happening, Plan};
+pub use handover::CoreSeed;
 pub use live::{BackendLive, CAPABILITIES_MAX};
 pub use names::PoolNames;
 pub use peers::PeerView;

@@ -35,6 +35,12 @@ impl PoolNames {
         })
     }
 
+    /// All names, by their numbers.
+    pub(super) fn all(&self) -> Vec<String> {
+        let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
+        inner.names.iter().map(|name| name.to_string()).collect()
+    }
+
     /// The name of a number.
     pub fn name(&self, id: PoolId) -> Option<Arc<str>> {
         self.inner.read().unwrap_or_else(PoisonError::into_inner).names.get(id.0 as usize).cloned()

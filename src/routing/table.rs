@@ -5,6 +5,8 @@
 //! number of them: no rehash, no timer, no tree. An entry is only ever evicted by one of its own
 //! class, so a flood of registrations cannot push out calls.
 
+mod saved;
+
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 

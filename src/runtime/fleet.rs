@@ -7,12 +7,14 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use strowger_contract::{LocalSocket, Transport, WorkerId};
 
 use super::bind::bind;
+use super::handover::{Gate, HandOver, Legacy, SavedFlow, SavedListener};
 use super::launch::{BoundSocket, Launch};
 use super::mailbox::Mailbox;
 use super::resolve::Resolver;
@@ -35,7 +37,20 @@ pub struct Fleet {
     seed: u64,
     started: u32,
     serial: u64,
+    /// Sockets that another process had bound, until the first commit.
+    inherited: Vec<Inherited>,
+    /// Another process has the listeners: their files are its own.
+    released: bool,
 }
+
+struct Inherited {
+    transport: Transport,
+    address: SocketAddr,
+    sockets: Vec<Arc<BoundSocket>>,
+}
+
+/// What another process had of each listener and worker.
+pub(crate) type Legacies = HashMap<(String, u8), Legacy>;
 
 struct Listener {
     serial: u64,
@@ -116,6 +131,8 @@ impl Fleet {
             seed,
             started,
             serial: 0,
+            inherited: Vec::new(),
+            released: false,
         })
     }
 
@@ -167,6 +184,11 @@ impl Fleet {
     }
 
     fn sockets_at(&self, wanted: &LocalSocket) -> Option<Vec<Arc<BoundSocket>>> {
+        let same =
+            |one: &&Inherited| one.transport == wanted.transport && one.address == wanted.address;
+        if let Some(one) = self.inherited.iter().find(same) {
+            return Some(one.sockets.clone());
+        }
         self.listeners.values().find_map(|listener| {
             let same = |socket: &LocalSocket| {
                 socket.transport == wanted.transport && socket.address == wanted.address
@@ -179,6 +201,120 @@ impl Fleet {
                 .filter(|_| wanted.address.port() != 0)?;
             Some(listener.sockets[index].clone())
         })
+    }
+
+    /// Takes the sockets of another process: listeners that want their addresses get them.
+    pub(crate) fn adopt(&mut self, listeners: &[SavedListener], fds: Vec<OwnedFd>) -> bool {
+        let mut fds = fds.into_iter();
+        let count = self.workers.len();
+        for listener in listeners {
+            for &(transport, address) in &listener.sockets {
+                let own = fds.by_ref().take(count);
+                let sockets: Vec<_> =
+                    own.map(|fd| Arc::new(BoundSocket::of(fd, transport, address))).collect();
+                if sockets.len() < count {
+                    return false;
+                }
+                self.inherited.push(Inherited { transport, address, sockets });
+            }
+        }
+        fds.next().is_none()
+    }
+
+    /// The listeners as they are configured, and their sockets' descriptors in the same order.
+    pub(crate) fn sockets(&self) -> (Vec<SavedListener>, Vec<BorrowedFd<'_>>) {
+        let (mut saved, mut fds) = (Vec::new(), Vec::new());
+        for (name, listener) in &self.listeners {
+            let places = listener.spec.sockets.iter();
+            let sockets = places.map(|place| (place.transport, place.address)).collect();
+            saved.push(SavedListener { name: name.clone(), sockets });
+            fds.extend(listener.sockets.iter().flatten().map(|socket| socket.fd()));
+        }
+        (saved, fds)
+    }
+
+    /// Those of `wanted` that another process can hand over with all that runs on them: its sockets
+    /// are the same.
+    pub(crate) fn heirs(wanted: &Prepared, theirs: &[SavedListener]) -> Vec<String> {
+        let same = |spec: &&Arc<ListenerSpec>| {
+            let sockets = spec.sockets.iter().map(|socket| (socket.transport, socket.address));
+            let sockets: Vec<_> = sockets.collect();
+            theirs.iter().any(|listener| listener.name == spec.name && listener.sockets == sockets)
+        };
+        wanted.wanted.iter().filter(same).map(|spec| spec.name.clone()).collect()
+    }
+
+    /// The first commit, with what another process had: all listeners start, and their workers wait
+    /// at the gate.
+    pub(crate) fn inherit(&mut self, prepared: Prepared, mut legacies: Legacies, gate: &Arc<Gate>) {
+        let Prepared { wanted, mut bound, .. } = prepared;
+        let mut starts: Vec<Vec<Start>> = self.workers.iter().map(|_| Vec::new()).collect();
+        for spec in wanted {
+            let Some(sockets) = bound.remove(&spec.name) else { continue };
+            for (index, mut start) in self.starts(&spec, sockets).into_iter().enumerate() {
+                let legacy = legacies.remove(&(spec.name.clone(), index as u8));
+                start.legacy = Mutex::new(Some(legacy.unwrap_or_default()));
+                starts[index].push(start);
+            }
+        }
+        self.inherited.clear();
+        for (worker, starts) in self.workers.iter().zip(starts) {
+            worker.inherit(starts, gate);
+        }
+    }
+
+    /// A connection that another process sent after.
+    pub(crate) fn enter(
+        &self,
+        listener: &str,
+        worker: u8,
+        flow: Box<SavedFlow>,
+        fds: Vec<OwnedFd>,
+    ) {
+        if let (Some(listener), Some(worker)) =
+            (self.listeners.get(listener), self.workers.get(usize::from(worker)))
+        {
+            worker.enter(listener.serial, flow, fds);
+        }
+    }
+
+    /// Has all workers stand still and write out what they have.
+    pub(crate) fn hand_over(&self, handover: &Arc<HandOver>) {
+        self.workers.iter().for_each(|worker| worker.hand_over(handover));
+    }
+
+    /// How many workers there are.
+    pub(crate) fn count(&self) -> usize {
+        self.workers.len()
+    }
+
+    /// Another process has the listeners of that hand-over; all others are closed.
+    pub(crate) fn release(&mut self, handover: &HandOver) {
+        for (name, listener) in &self.listeners {
+            for worker in &self.workers {
+                if handover.takes(name) {
+                    worker.forget(listener.serial);
+                } else {
+                    worker.stop(listener.serial);
+                }
+            }
+        }
+        // Until their last connection ends, nothing else may bind them; the other process has them.
+        for listener in self.listeners.values_mut() {
+            listener.sockets.clear();
+        }
+        self.released = true;
+    }
+
+    /// Connections of clients that are here, over all listeners.
+    pub(crate) fn connections(&self) -> u64 {
+        let count = |listener: &Listener| listener.shared.connections.load(Ordering::Relaxed);
+        self.listeners.values().map(|listener| u64::from(count(listener))).sum()
+    }
+
+    /// When this process began to count starts ([`Fleet::new`]).
+    pub(crate) fn started(&self) -> u32 {
+        self.started
     }
 
     /// Starts, reconfigures and closes listeners as prepared.
@@ -210,7 +346,15 @@ impl Fleet {
     }
 
     fn start(&mut self, spec: &Arc<ListenerSpec>, sockets: Sockets) {
-        let Some(launch) = self.launchers.get(spec.protocol) else { return };
+        let starts = self.starts(spec, sockets);
+        for (worker, start) in self.workers.iter().zip(starts) {
+            worker.start(start);
+        }
+    }
+
+    /// Enters a listener: what each worker is to start.
+    fn starts(&mut self, spec: &Arc<ListenerSpec>, sockets: Sockets) -> Vec<Start> {
+        let Some(launch) = self.launchers.get(spec.protocol).cloned() else { return Vec::new() };
         self.serial += 1;
         let count = self.workers.len();
         let shared = Arc::new(Shared {
@@ -229,19 +373,20 @@ impl Fleet {
             in_progress: (0..count).map(|_| AtomicUsize::new(0)).collect(),
             jitter: AtomicU64::new(self.seed),
             unix_clients: AtomicU64::new(1),
-            sources: std::sync::Mutex::default(),
+            sources: Mutex::default(),
         });
-        for (index, worker) in self.workers.iter().enumerate() {
-            worker.start(Start {
-                launch: Arc::clone(launch),
-                spec: Arc::clone(spec),
-                sockets: sockets.iter().map(|per_worker| Arc::clone(&per_worker[index])).collect(),
-                shared: Arc::clone(&shared),
-                serial: self.serial,
-            });
-        }
+        let start = |index: usize| Start {
+            launch: Arc::clone(&launch),
+            spec: Arc::clone(spec),
+            sockets: sockets.iter().map(|per_worker| Arc::clone(&per_worker[index])).collect(),
+            shared: Arc::clone(&shared),
+            serial: self.serial,
+            legacy: Mutex::default(),
+        };
+        let starts = (0..count).map(start).collect();
         let listener = Listener { serial: self.serial, spec: Arc::clone(spec), sockets, shared };
         self.listeners.insert(spec.name.clone(), listener);
+        starts
     }
 
     fn reconfigure(&mut self, spec: &Arc<ListenerSpec>) {
@@ -305,7 +450,9 @@ impl Fleet {
 
     /// Ends all workers.
     pub fn end(&mut self) {
-        self.listeners.values().for_each(|listener| self.remove_files(listener));
+        if !self.released {
+            self.listeners.values().for_each(|listener| self.remove_files(listener));
+        }
         self.workers.iter_mut().for_each(Worker::end);
     }
 }

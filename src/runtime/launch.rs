@@ -1,24 +1,27 @@
 //! From a protocol's type to running listeners: the tasks around a [`Host`].
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::io;
 use std::marker::PhantomData;
 use std::net::{SocketAddr, TcpListener as StdTcpListener, UdpSocket as StdUdpSocket};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdUnixListener;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use strowger_contract::{Endpoint, Engine as _, Links, Protocol, Transport, WorkerId};
+use strowger_contract::{BackendId, Endpoint, Engine as _, Links, Protocol, Transport, WorkerId};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::datagram::{BATCH, DatagramPort, Sent};
-use super::host::{Begun, Host};
-use super::link::keep_links;
+use super::handover::{Giver, Legacy, SavedFlow};
+use super::host::{Begun, Bridges, Host, Inherited};
+use super::link::{keep_links, serve_link};
 use super::mailbox::Letters;
 use super::shared::{NodeEvent, Shared};
 use super::sys::RecvBatch;
@@ -43,6 +46,8 @@ pub(crate) struct Place {
     pub(crate) shared: Arc<Shared>,
     /// Told when a task that the listener cannot do without panics.
     pub(crate) broken: Rc<Notify>,
+    /// What another process had of it on this worker.
+    pub(crate) legacy: Option<Legacy>,
 }
 
 /// A socket that is bound and does not block.
@@ -73,6 +78,24 @@ impl BoundSocket {
         }
     }
 
+    /// Its descriptor.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Datagram(socket) => socket.as_fd(),
+            Self::Stream(socket, _) => socket.as_fd(),
+            Self::Unix(socket, _) => socket.as_fd(),
+        }
+    }
+
+    /// One that another process had bound.
+    pub(crate) fn of(fd: OwnedFd, transport: Transport, address: SocketAddr) -> Self {
+        match transport {
+            Transport::Udp => Self::Datagram(fd.into()),
+            Transport::Unix => Self::Unix(fd.into(), address),
+            _ => Self::Stream(fd.into(), transport),
+        }
+    }
+
     /// Another handle of the same socket.
     pub(crate) fn try_clone(&self) -> io::Result<Self> {
         Ok(match self {
@@ -97,6 +120,14 @@ pub trait Launch: Send + Sync {
 #[doc(hidden)]
 pub struct LaunchPlace(pub(crate) Place);
 
+/// Where a listener is handed over to, in an opaque form.
+#[doc(hidden)]
+pub struct To(pub(crate) Giver);
+
+/// A connection that another process sent after, in an opaque form.
+#[doc(hidden)]
+pub struct Late(pub(crate) SavedFlow, pub(crate) Vec<OwnedFd>);
+
 /// A listener that runs on a worker.
 #[doc(hidden)]
 pub trait RunningListener {
@@ -106,6 +137,12 @@ pub trait RunningListener {
     fn drain(&self);
     /// Close everything.
     fn stop(&self);
+    /// Writes all out for another process.
+    fn save(&self, giver: &To) -> io::Result<()>;
+    /// The other process has it, or (`false`) it goes on here.
+    fn settle(&self, giver: &To, left: bool);
+    /// A connection that another process sent after.
+    fn enter(&self, late: Late);
 }
 
 /// The launcher of a protocol.
@@ -128,6 +165,9 @@ impl<P: Protocol> Launch for Launcher<P> {
 
 struct Running<P: Protocol> {
     host: Rc<Host<P>>,
+    /// Between [`RunningListener::save`] and [`RunningListener::settle`]; `None`: the protocol knows
+    /// no hand-over.
+    bridges: RefCell<Option<Bridges>>,
 }
 
 impl<P: Protocol> RunningListener for Running<P> {
@@ -144,6 +184,27 @@ impl<P: Protocol> RunningListener for Running<P> {
     fn stop(&self) {
         self.host.stop.cancel();
         self.host.kick_all();
+    }
+
+    fn save(&self, giver: &To) -> io::Result<()> {
+        self.bridges.replace(self.host.save(&giver.0)?);
+        Ok(())
+    }
+
+    fn settle(&self, giver: &To, left: bool) {
+        match self.bridges.take() {
+            _ if !left => {}
+            Some(bridges) => self.host.leave(&giver.0, bridges),
+            None => self.stop(),
+        }
+    }
+
+    fn enter(&self, Late(flow, fds): Late) {
+        let transport = flow.transport;
+        // What cannot be entered is closed: its own side hears of it.
+        if let Ok(one) = self.host.enter(flow, fds) {
+            let _link = go_on(&self.host, one, transport);
+        }
     }
 }
 
@@ -180,6 +241,16 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     let broken = place.broken;
     let (worker, told) = (place.worker, Rc::clone(&broken));
     let host = Host::<P>::new(worker, place.shared, place.spec, setup, ports, stop, told);
+    let inherits = place.legacy.is_some();
+    let mut links = Vec::new();
+    if let Some(legacy) = place.legacy {
+        let transports: Vec<Transport> =
+            legacy.flows.iter().map(|(flow, _)| flow.transport).collect();
+        let inherited = host.inherit(legacy).map_err(io::Error::other)?;
+        for (one, transport) in inherited.into_iter().zip(transports) {
+            links.extend(go_on(&host, one, transport));
+        }
+    }
     for port in host.ports.iter().flatten() {
         guard(&broken, spawn(&host, receive(Rc::clone(&host), Rc::clone(port))));
     }
@@ -189,20 +260,68 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     for (listener, address) in unix {
         guard(&broken, spawn(&host, accept_unix(Rc::clone(&host), listener, address)));
     }
-    guard(&broken, spawn(&host, Rc::clone(&host).keep_time()));
+    guard(&broken, spawn_lasting(&host, Rc::clone(&host).keep_time()));
     guard(&broken, spawn(&host, read_mail(Rc::clone(&host))));
-    guard(&broken, spawn(&host, Rc::clone(&host).take_grants()));
-    guard(&broken, spawn(&host, Rc::clone(&host).follow_brownout()));
+    guard(&broken, spawn_lasting(&host, Rc::clone(&host).take_grants()));
+    guard(&broken, spawn_lasting(&host, Rc::clone(&host).follow_brownout()));
     if P::LINKS == Links::Single {
-        guard(&broken, spawn(&host, keep_links(Rc::clone(&host))));
+        guard(&broken, spawn(&host, keep_links(Rc::clone(&host), links)));
     }
-    // The engine may want a timer before anything happens.
-    host.batch(Instant::now(), |_| ());
-    Ok(Rc::new(Running { host }))
+    if inherits {
+        // The old process may yet go on: what the engine wants waits until tasks run.
+        let host = Rc::clone(&host);
+        tokio::task::spawn_local(async move { host.batch(Instant::now(), |_| ()) });
+    } else {
+        // The engine may want a timer before anything happens.
+        host.batch(Instant::now(), |_| ());
+    }
+    Ok(Rc::new(Running { host, bridges: RefCell::default() }))
 }
 
-/// Runs a task of the listener until the listener stops.
+/// Starts the task of a connection that came from another process; the backend, if it is a link
+/// that is kept.
+fn go_on<P: Protocol>(
+    host: &Rc<Host<P>>,
+    one: Inherited<P>,
+    transport: Transport,
+) -> Option<BackendId> {
+    match one {
+        Inherited::Fresh(taken) => {
+            // It was let in there.
+            let owner = Rc::clone(host);
+            serve(host, forced_place(host), async move { owner.begin(*taken, transport).await });
+        }
+        Inherited::Begun(begun) => serve(host, forced_place(host), async move { Some(begun) }),
+        Inherited::Link(backend, _) if P::LINKS == Links::Single => return Some(backend),
+        Inherited::Link(backend, connection) => {
+            let host = Rc::clone(host);
+            tokio::task::spawn_local(async move {
+                let _alarm = host.alarm();
+                let _pause = serve_link(&host, backend, &connection, 0).await;
+            });
+        }
+    }
+    None
+}
+
+/// Runs a task of the listener until the listener stops, or another process has it.
 fn spawn<P: Protocol>(
+    host: &Rc<Host<P>>,
+    task: impl Future<Output = ()> + 'static,
+) -> JoinHandle<()> {
+    let (stop, left) = (host.stop.clone(), host.left.clone());
+    tokio::task::spawn_local(async move {
+        tokio::select! {
+            biased;
+            () = left.cancelled() => {}
+            () = stop.cancelled() => {}
+            () = task => {}
+        }
+    })
+}
+
+/// As [`spawn`], also after another process has the listener: raw flows over TLS stay.
+fn spawn_lasting<P: Protocol>(
     host: &Rc<Host<P>>,
     task: impl Future<Output = ()> + 'static,
 ) -> JoinHandle<()> {
@@ -354,6 +473,12 @@ fn place<P: Protocol>(host: &Rc<Host<P>>) -> Option<Taken> {
         return None;
     }
     Some(Taken(Arc::clone(&host.shared)))
+}
+
+/// A place for a connection that is there already.
+fn forced_place<P: Protocol>(host: &Rc<Host<P>>) -> Taken {
+    host.shared.connections.fetch_add(1, Ordering::Relaxed);
+    Taken(Arc::clone(&host.shared))
 }
 
 fn take_in<P: Protocol>(

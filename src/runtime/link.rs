@@ -117,6 +117,30 @@ impl LinkTable {
         })
     }
 
+    /// What waits for links that are being opened.
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = (BackendId, &[u8])> {
+        self.links.iter().filter_map(|(backend, link)| match link {
+            LinkState::Connecting(waiting) if !waiting.is_empty() => {
+                Some((*backend, waiting.as_slice()))
+            }
+            _ => None,
+        })
+    }
+
+    /// Bytes wait for a link that another process was opening; whether it is to be opened here.
+    pub(crate) fn await_link(&mut self, backend: BackendId, waiting: &[u8]) -> bool {
+        let vacant = !self.links.contains_key(&backend);
+        if vacant {
+            self.links.insert(backend, LinkState::Connecting(waiting.to_vec()));
+        }
+        vacant
+    }
+
+    /// A link that another process had.
+    pub(crate) fn inherit(&mut self, backend: BackendId, connection: Rc<Connection>) {
+        self.links.insert(backend, LinkState::Open(connection));
+    }
+
     /// The link is open; what waited for it.
     fn opened(&mut self, backend: BackendId, connection: Rc<Connection>) -> Vec<u8> {
         match self.links.insert(backend, LinkState::Open(connection)) {
@@ -186,7 +210,11 @@ async fn dial_remote<P: Protocol>(host: Rc<Host<P>>, transport: Transport, addre
         return host.not_dialed(transport, address, CloseCause::Unreachable);
     }
     let timeout = host.state().spec.limits.connect;
-    let stream = match connect(address, timeout).await {
+    let connected = connect(address, timeout).await;
+    if host.has_left() {
+        return;
+    }
+    let stream = match connected {
         Ok(stream) => stream,
         Err(cause) => return host.not_dialed(transport, address, cause),
     };
@@ -213,11 +241,14 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
         return BACK_OFF_FIRST;
     }
     let timeout = host.state().spec.limits.connect;
-    let Dialed { stream, address, local, transport, facts } =
-        match open(host, backend, timeout).await {
-            Ok(dialed) => dialed,
-            Err(cause) => return link_down(host, backend, None, cause, failures),
-        };
+    let dialed = open(host, backend, timeout).await;
+    if host.has_left() {
+        return BACK_OFF_MAX;
+    }
+    let Dialed { stream, address, local, transport, facts } = match dialed {
+        Ok(dialed) => dialed,
+        Err(cause) => return link_down(host, backend, None, cause, failures),
+    };
     let connection = Connection::new(stream, peer, address, local, transport);
     let waiting = host.state().links.opened(backend, Rc::clone(&connection));
     host.shared.event(NodeEvent::LinkUp { backend: host.shared.backend_name(backend) });
@@ -232,12 +263,25 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
         connection.push(&waiting, usize::MAX);
         host.write(&connection);
     }
+    serve_link(host, backend, &connection, failures).await
+}
+
+/// Serves an open link until it ends, and says how long to pause before the next try.
+pub(crate) async fn serve_link<P: Protocol>(
+    host: &Rc<Host<P>>,
+    backend: BackendId,
+    connection: &Rc<Connection>,
+    failures: u32,
+) -> Duration {
     // A link is the edge's own: it stays open however long nothing passes.
-    let cause = serve(host, &connection, Duration::ZERO, Vec::new()).await;
+    let cause = serve(host, connection, Duration::ZERO, Vec::new()).await;
+    if host.has_left() {
+        return BACK_OFF_MAX;
+    }
     if connection.congested.get() {
         host.shared.core.set_congested(backend, false);
     }
-    link_down(host, backend, Some(&*connection), cause, failures)
+    link_down(host, backend, Some(&**connection), cause, failures)
 }
 
 fn link_down<P: Protocol>(
@@ -337,15 +381,16 @@ pub(crate) async fn connect(
 }
 
 /// Keeps a link to every backend that the listener may need and this worker owns. Never ends.
-pub(crate) async fn keep_links<P: Protocol>(host: Rc<Host<P>>) {
-    let mut kept: HashMap<BackendId, tokio::task::JoinHandle<()>> = HashMap::new();
+pub(crate) async fn keep_links<P: Protocol>(host: Rc<Host<P>>, inherited: Vec<BackendId>) {
+    let keep = |backend| tokio::task::spawn_local(keep_link(Rc::clone(&host), backend));
+    let mut kept: HashMap<BackendId, tokio::task::JoinHandle<()>> =
+        inherited.into_iter().map(|backend| (backend, keep(backend))).collect();
     let mut tick = tokio::time::interval(RECONCILE_EVERY);
     loop {
         tick.tick().await;
         let wanted = wanted_links(&host);
         for &backend in &wanted {
-            kept.entry(backend)
-                .or_insert_with(|| tokio::task::spawn_local(keep_link(Rc::clone(&host), backend)));
+            kept.entry(backend).or_insert_with(|| keep(backend));
         }
         kept.retain(|backend, task| {
             let keep = wanted.contains(backend);
@@ -376,10 +421,18 @@ async fn keep_link<P: Protocol>(host: Rc<Host<P>>, backend: BackendId) {
             // In a task of its own: the keeper may be aborted, a link's end must still be told.
             tokio::task::spawn_local(async move {
                 let _alarm = host.alarm();
-                run_link(&host, backend, failures).await
+                // One that another process had is open already.
+                let open = host.state().links.open(backend);
+                match open {
+                    Some(connection) => serve_link(&host, backend, &connection, failures).await,
+                    None => run_link(&host, backend, failures).await,
+                }
             })
         };
         let Ok(pause) = task.await else { return };
+        if host.has_left() {
+            return;
+        }
         let pause = pause.max(host.state().links.held_off(backend, Instant::now()));
         tokio::time::sleep(host.shared.jitter(pause)).await;
     }

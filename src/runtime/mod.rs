@@ -9,6 +9,7 @@
 //! | `fleet` | all workers; binds, starts and closes listeners |
 //! | `worker` | one thread; restarts itself after a panic |
 //! | `launch` | from a protocol's type to tasks |
+//! | `handover` | live upgrade: all of it goes to another process |
 //! | `host` | a listener on a worker: the engine and its wishes |
 //! | `intake` | from an accepted socket to a stream: TLS, and who is there |
 //! | `proxy`, `hello` | the PROXY protocol; SNI without ending TLS |
@@ -23,6 +24,7 @@
 mod bind;
 mod datagram;
 mod fleet;
+pub(crate) mod handover;
 mod hello;
 mod host;
 mod intake;
@@ -39,6 +41,7 @@ pub(crate) mod sys;
 mod websocket;
 mod worker;
 
+pub(crate) use fleet::Legacies;
 pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};
 pub use launch::{Launch, launcher};
 pub use resolve::{Answer, Reply, Resolver};

@@ -88,6 +88,11 @@ impl Shared {
         Some(SourcePlace { shared: (limit > 0).then(|| Arc::clone(self)), source })
     }
 
+    /// For a connection that is there whatever the limit is.
+    pub(crate) fn no_place(&self, source: IpAddr) -> SourcePlace {
+        SourcePlace { shared: None, source }
+    }
+
     /// A name for logs.
     pub(crate) fn backend_name(&self, backend: BackendId) -> String {
         let snapshot = self.core.snapshot();

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -136,6 +137,15 @@ impl Stream {
     pub(crate) fn reset_on_close(&self) {
         // A failure means that the other side was first.
         let _gone = self.reference().set_linger(Some(Duration::ZERO));
+    }
+
+    /// The descriptor, where nothing of the stream is kept in this process.
+    pub(crate) fn plain_fd(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Tcp(stream) => Some(stream.as_fd()),
+            Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Tls(_) => None,
+        }
     }
 
     /// The socket, for its options.

@@ -5,7 +5,9 @@
 //! nothing more is read from that side. So an idle flow holds no buffer, and a slow receiver slows
 //! its own sender and nobody else.
 
+use std::cell::RefCell;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
@@ -16,8 +18,10 @@ use strowger_contract::{
     BackendId, CloseCause, Closing, Endpoint, FlowId, PeerChange, PeerFacts, Protocol,
 };
 use tokio::io::Interest;
+use tokio::net::UnixStream;
 use tokio::time::{Sleep, sleep_until};
 
+use super::handover::{Joined, SavedRelay, SavedWay};
 use super::host::Host;
 use super::intake::keep_watch;
 use super::link::open;
@@ -35,8 +39,12 @@ pub(crate) async fn join<P: Protocol>(
     connection: &Rc<Connection>,
     facts: &PeerFacts,
     early: Vec<u8>,
-) -> Result<Box<Relay<P>>, CloseCause> {
+) -> Result<Rc<RefCell<Relay<P>>>, CloseCause> {
+    connection.more(|more| more.fresh = Some(Box::new((facts.clone(), early.clone()))));
     loop {
+        if connection.has_left() {
+            return Err(CloseCause::Local);
+        }
         if let Some((backend, limits)) = connection.take_splice() {
             match dial(host, connection, backend, limits, facts).await {
                 Err(cause) => {
@@ -45,7 +53,7 @@ pub(crate) async fn join<P: Protocol>(
                 }
                 Ok(stream) => {
                     host.tell(Endpoint::Client(flow), PeerChange::Joined(backend));
-                    return Ok(Relay::new(host, connection, stream, limits, early));
+                    return Ok(Relay::new(host, connection, (backend, stream), limits, early));
                 }
             }
         }
@@ -71,7 +79,7 @@ async fn dial<P: Protocol>(
         tokio::select! {
             opened = &mut connecting => break opened?.stream,
             // The engine may give the flow up meanwhile. The wish to join kicks as well.
-            () = connection.kicked() => if connection.is_closing() {
+            () = connection.kicked() => if connection.is_closing() || connection.has_left() {
                 return Err(CloseCause::Local);
             }
         }
@@ -112,12 +120,25 @@ impl Direction {
     }
 }
 
+/// What a side is waited for: `from` it, and `to` it.
+fn interest(from: &Direction, to: &Direction, stream: &Stream) -> Option<Interest> {
+    let reads = !from.ended && !from.is_blocked();
+    let writes = to.is_blocked() || stream.has_unsent();
+    match (reads, writes) {
+        (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
+        (true, false) => Some(Interest::READABLE),
+        (false, true) => Some(Interest::WRITABLE),
+        (false, false) => None,
+    }
+}
+
 /// A joined flow. While it is idle this is all that it holds, and so there are no futures in it that
 /// a poll can do without, and one timer for all its limits.
 pub(crate) struct Relay<P: Protocol> {
     host: Rc<Host<P>>,
     client: Rc<Connection>,
     backend: Stream,
+    backend_id: BackendId,
     idle: Duration,
     half_closed: Duration,
     up: Direction,
@@ -132,15 +153,16 @@ impl<P: Protocol> Relay<P> {
     fn new(
         host: &Rc<Host<P>>,
         client: &Rc<Connection>,
-        backend: Stream,
+        (backend_id, backend): (BackendId, Stream),
         limits: SpliceLimits,
         early: Vec<u8>,
-    ) -> Box<Self> {
+    ) -> Rc<RefCell<Self>> {
         let now = Instant::now();
-        Box::new(Self {
+        Self::entered(Self {
             host: Rc::clone(host),
             client: Rc::clone(client),
             backend,
+            backend_id,
             idle: limits.idle,
             half_closed: limits.half_closed,
             up: Direction { rest: early, ..Direction::default() },
@@ -151,15 +173,58 @@ impl<P: Protocol> Relay<P> {
         })
     }
 
+    /// Notes at the client's connection that it is joined.
+    fn entered(relay: Self) -> Rc<RefCell<Self>> {
+        let client = Rc::clone(&relay.client);
+        let relay = Rc::new(RefCell::new(relay));
+        let joined = Rc::downgrade(&relay);
+        client.more(|more| {
+            more.fresh = None;
+            more.relay = Some(joined);
+        });
+        relay
+    }
+
+    /// As it was in another process.
+    pub(crate) fn restored(
+        host: &Rc<Host<P>>,
+        client: &Rc<Connection>,
+        backend: Stream,
+        saved: SavedRelay,
+    ) -> Rc<RefCell<Self>> {
+        let way = |saved: SavedWay| Direction {
+            rest: saved.rest,
+            written: 0,
+            ended: saved.ended,
+            shut: saved.shut,
+        };
+        Self::entered(Self {
+            host: Rc::clone(host),
+            client: Rc::clone(client),
+            backend,
+            backend_id: saved.backend,
+            idle: saved.idle,
+            half_closed: saved.half_closed,
+            up: way(saved.up),
+            down: way(saved.down),
+            last_moved: saved.last_moved,
+            ends: saved.ends,
+            timer: None,
+        })
+    }
+
     /// Relays until the flow ends; why it ended.
-    pub(crate) async fn run(mut self: Box<Self>) -> CloseCause {
+    pub(crate) async fn run(this: Rc<RefCell<Self>>) -> CloseCause {
         // It may have stopped meanwhile.
-        self.client.kick();
+        this.borrow().client.kick();
         // What the client sent before is the first to go.
-        if self.up.is_blocked() && self.turn().is_err() {
-            return self.reset(CloseCause::Reset);
+        {
+            let mut relay = this.borrow_mut();
+            if relay.up.is_blocked() && relay.turn().is_err() {
+                return relay.reset(CloseCause::Reset);
+            }
         }
-        std::future::poll_fn(|context| self.poll(context)).await
+        std::future::poll_fn(|context| this.borrow_mut().poll(context)).await
     }
 
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<CloseCause> {
@@ -168,6 +233,9 @@ impl<P: Protocol> Relay<P> {
                 return Poll::Ready(CloseCause::End);
             }
             let mut woken = self.client.poll_kicked(context).is_ready();
+            if woken && self.client.has_left() {
+                return Poll::Ready(CloseCause::Local);
+            }
             if woken && self.client.is_closing() {
                 self.reset_backend();
                 return Poll::Ready(self.client.finish());
@@ -221,15 +289,10 @@ impl<P: Protocol> Relay<P> {
 
     /// What a side is waited for. A direction that is blocked waits for its writer only.
     fn interest(&self, client: bool) -> Option<Interest> {
-        let (from, to) = if client { (&self.up, &self.down) } else { (&self.down, &self.up) };
-        let reads = !from.ended && !from.is_blocked();
-        let stream = if client { &self.client.stream } else { &self.backend };
-        let writes = to.is_blocked() || stream.has_unsent();
-        match (reads, writes) {
-            (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
-            (true, false) => Some(Interest::READABLE),
-            (false, true) => Some(Interest::WRITABLE),
-            (false, false) => None,
+        if client {
+            interest(&self.up, &self.down, &self.client.stream)
+        } else {
+            interest(&self.down, &self.up, &self.backend)
         }
     }
 
@@ -268,6 +331,73 @@ impl<P: Protocol> Relay<P> {
     fn reset_backend(&self) {
         self.backend.reset_on_close();
     }
+}
+
+impl<P: Protocol> Joined for RefCell<Relay<P>> {
+    fn save(&self, each: &mut dyn FnMut(SavedRelay, [BorrowedFd<'_>; 2])) {
+        let relay = self.borrow();
+        let (Some(client), Some(backend)) =
+            (relay.client.stream.plain_fd(), relay.backend.plain_fd())
+        else {
+            return;
+        };
+        let way = |way: &Direction| SavedWay {
+            rest: way.rest[way.written..].to_vec(),
+            ended: way.ended,
+            shut: way.shut,
+        };
+        let saved = SavedRelay {
+            backend: relay.backend_id,
+            idle: relay.idle,
+            half_closed: relay.half_closed,
+            up: way(&relay.up),
+            down: way(&relay.down),
+            last_moved: relay.last_moved,
+            ends: relay.ends,
+            unix: matches!(relay.backend, Stream::Unix(_)),
+        };
+        each(saved, [client, backend]);
+    }
+}
+
+/// Passes text between a TLS connection and the process that serves it, until either ends.
+pub(crate) async fn bridge<P: Protocol>(host: &Rc<Host<P>>, near: &Stream, far: UnixStream) {
+    let far = Stream::Unix(far);
+    let (mut up, mut down) = (Direction::default(), Direction::default());
+    let run = std::future::poll_fn(|context| {
+        loop {
+            if up.shut && down.shut {
+                return Poll::Ready(());
+            }
+            let sides = [(near, interest(&up, &down, near)), (&far, interest(&down, &up, &far))];
+            let mut woken = false;
+            for (stream, interest) in sides {
+                let Some(interest) = interest else { continue };
+                match stream.poll_ready(context, interest) {
+                    Poll::Ready(Ok(())) => woken = true,
+                    Poll::Ready(Err(_)) => return Poll::Ready(()),
+                    Poll::Pending => {}
+                }
+            }
+            if !woken {
+                return Poll::Pending;
+            }
+            let mut scratch = host.scratch.borrow_mut();
+            let passed = near
+                .flush()
+                .and_then(|()| pass(near, &far, &mut up, &mut scratch))
+                .and_then(|_| pass(&far, near, &mut down, &mut scratch));
+            if passed.is_err() {
+                near.reset_on_close();
+                return Poll::Ready(());
+            }
+        }
+    });
+    tokio::select! {
+        () = run => {}
+        () = host.stopped() => {}
+    }
+    near.say_goodbye();
 }
 
 /// Moves bytes one way until one side blocks or its turn is over; how many the writer took.

@@ -3,18 +3,23 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::io;
 use std::net::SocketAddr;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
+use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Endpoint, FrameError, Framer, Framing, Protocol, Transport,
+    BackendId, CloseCause, Closing, Endpoint, FrameError, Framer, Framing, PeerFacts, Protocol,
+    Transport,
 };
 use tokio::io::Interest;
+use tokio::net::UnixStream;
 
+use super::handover::Joined;
 use super::host::Host;
 use super::socket::Stream;
+use super::splice::bridge;
 use super::websocket::{Ended, WebSocket, encode, goodbye};
 
 /// How long a connection that is to close once its queue is written may take for it.
@@ -38,6 +43,13 @@ pub(crate) struct Connection {
     closing: Cell<Option<(Closing, CloseCause)>>,
     /// In a box: it is empty all but once.
     splice: Cell<Option<Box<(BackendId, SpliceLimits)>>>,
+    /// What was read and is not yet a whole message. Without memory most of the time.
+    pub(crate) partial: RefCell<Vec<u8>>,
+    /// When the message that is awaited began: the connection's start, or its first byte.
+    pub(crate) began: Cell<Option<Instant>>,
+    pub(crate) last_read: Cell<Instant>,
+    /// What else it is, for who hands it over; most of the time there is nothing.
+    pub(crate) more: RefCell<Option<Box<More>>>,
     /// Already in the flush's list of connections to write.
     pub(crate) dirty: Cell<bool>,
     /// The core was told that this link is congested.
@@ -47,6 +59,25 @@ pub(crate) struct Connection {
     /// Its messages come and go in frames.
     pub(crate) websocket: OnceCell<Box<WebSocket>>,
     kick: Kick,
+}
+
+/// The parts of a connection that a hand-over needs.
+#[derive(Default)]
+pub(crate) struct More {
+    /// It waits to be joined: what is known of it, and what it sent before.
+    pub(crate) fresh: Option<Box<(PeerFacts, Vec<u8>)>>,
+    /// It is joined.
+    pub(crate) relay: Option<Weak<dyn Joined>>,
+    /// Another process has it, or gets it by the other end of this pair.
+    pub(crate) fate: Option<Fate>,
+}
+
+/// What becomes of a connection that was handed over.
+pub(crate) enum Fate {
+    /// The other process has its descriptor: it is let go of without a word.
+    Gone,
+    /// It runs over TLS: this process goes on to seal and open for the other one.
+    Bridge(UnixStream),
 }
 
 /// Wakes the one task that a connection has. A `tokio::sync::Notify` would cost each idle
@@ -106,6 +137,7 @@ impl Connection {
         transport: Transport,
     ) -> Rc<Self> {
         stream.set_nodelay();
+        let now = Instant::now();
         Rc::new(Self {
             stream,
             endpoint,
@@ -115,6 +147,10 @@ impl Connection {
             queue: RefCell::default(),
             closing: Cell::new(None),
             splice: Cell::new(None),
+            partial: RefCell::default(),
+            began: Cell::new(Some(now)),
+            last_read: Cell::new(now),
+            more: RefCell::default(),
             dirty: Cell::new(false),
             congested: Cell::new(false),
             proven: Cell::new(false),
@@ -136,7 +172,7 @@ impl Connection {
 
     /// Queues bytes as they are.
     fn push_bytes(&self, bytes: &[u8], limit: usize) -> bool {
-        if self.closing.get().is_some() {
+        if self.closing.get().is_some() || self.has_left() {
             return false;
         }
         let mut queue = self.queue.borrow_mut();
@@ -149,6 +185,39 @@ impl Connection {
         true
     }
 
+    /// What waits, and how it is to be closed, for another process.
+    pub(crate) fn waiting(&self) -> (Vec<u8>, Option<(Closing, CloseCause)>) {
+        let queue = self.queue.borrow();
+        (queue.bytes[queue.written..].to_vec(), self.closing.get())
+    }
+
+    /// As it waited in another process.
+    pub(crate) fn restore(&self, waiting: Vec<u8>, closing: Option<(Closing, CloseCause)>) {
+        self.queue.borrow_mut().bytes = waiting;
+        self.closing.set(closing);
+    }
+
+    /// What else it is.
+    pub(crate) fn more(&self, change: impl FnOnce(&mut More)) {
+        change(self.more.borrow_mut().get_or_insert_default());
+    }
+
+    /// Lets another process have it.
+    pub(crate) fn leave_to(&self, fate: Fate) {
+        self.more(|more| more.fate = Some(fate));
+        self.kick.kick();
+    }
+
+    /// Whether another process has it.
+    pub(crate) fn has_left(&self) -> bool {
+        self.more.borrow().as_ref().is_some_and(|more| more.fate.is_some())
+    }
+
+    /// What becomes of it, once.
+    pub(crate) fn take_fate(&self) -> Option<Fate> {
+        self.more.borrow_mut().as_mut()?.fate.take()
+    }
+
     /// How many bytes wait.
     pub(crate) fn queued(&self) -> usize {
         self.queue.borrow().len() + usize::from(self.stream.has_unsent())
@@ -157,6 +226,9 @@ impl Connection {
     /// Writes what the kernel takes now.
     pub(crate) fn write(&self) -> Progress {
         self.dirty.set(false);
+        if self.has_left() {
+            return Progress { written: 0, queued: 0 };
+        }
         let mut queue = self.queue.borrow_mut();
         let mut total = 0;
         while queue.len() > 0 {
@@ -265,12 +337,25 @@ pub(crate) async fn serve<P: Protocol>(
     idle: Duration,
     early: Vec<u8>,
 ) -> CloseCause {
-    let mut reader = Reader::<P>::new(Instant::now());
+    let mut reader = Reader::<P> { framer: P::Framer::default() };
     if !early.is_empty() {
         reader.read(host, connection, &early);
     }
     let mut closing_since = None;
     loop {
+        if connection.has_left() {
+            match connection.take_fate() {
+                Some(Fate::Bridge(stream)) => {
+                    // A client's is counted by its task; a link's is not.
+                    let link = u32::from(matches!(connection.endpoint, Endpoint::Backend(_)));
+                    host.shared.connections.fetch_add(link, Ordering::Relaxed);
+                    bridge(host, &connection.stream, stream).await;
+                    host.shared.connections.fetch_sub(link, Ordering::Relaxed);
+                }
+                Some(Fate::Gone) | None => {}
+            }
+            return CloseCause::Local;
+        }
         if let Some((how, _)) = connection.closing.get() {
             let since = *closing_since.get_or_insert_with(Instant::now);
             if how == Closing::Reset || connection.queued() == 0 || since.elapsed() > LINGER {
@@ -289,13 +374,13 @@ pub(crate) async fn serve<P: Protocol>(
         let idle = host.shared.core.idle(idle);
         let deadline = match closing_since {
             Some(since) => Some(since + LINGER),
-            None => reader.deadline(idle),
+            None => deadline::<P>(connection, idle),
         };
         tokio::select! {
             () = connection.kicked() => {}
             () = host.stopped(), if closing_since.is_none() => connection.close(Closing::Flushed, CloseCause::Shutdown),
             () = sleep_until(deadline), if deadline.is_some() => {
-                if let Some(cause) = closing_since.is_none().then(|| reader.timed_out(idle)).flatten() {
+                if let Some(cause) = closing_since.is_none().then(|| timed_out::<P>(connection, idle)).flatten() {
                     connection.close(Closing::Reset, cause);
                 }
             }
@@ -304,6 +389,10 @@ pub(crate) async fn serve<P: Protocol>(
                     connection.close(Closing::Reset, CloseCause::Reset);
                     continue;
                 };
+                if connection.has_left() {
+                    // What is there to read is the other process's.
+                    continue;
+                }
                 if ready.is_writable() && connection.queued() > 0 {
                     host.write(connection);
                 }
@@ -328,31 +417,23 @@ async fn sleep_until(deadline: Option<Instant>) {
 /// The reading side of one connection.
 struct Reader<P: Protocol> {
     framer: P::Framer,
-    /// What was read and is not yet a whole message. Empty, and without memory, most of the time.
-    partial: Vec<u8>,
-    /// When the message that is awaited began: the connection's start, or its first byte.
-    began: Option<Instant>,
-    last_read: Instant,
+}
+
+fn deadline<P: Protocol>(connection: &Connection, idle: Duration) -> Option<Instant> {
+    let message = connection.began.get().map(|began| began + P::MESSAGE_TIMEOUT);
+    let idle = (!idle.is_zero()).then(|| connection.last_read.get() + idle);
+    match (message, idle) {
+        (Some(message), Some(idle)) => Some(message.min(idle)),
+        (message, idle) => message.or(idle),
+    }
+}
+
+fn timed_out<P: Protocol>(connection: &Connection, idle: Duration) -> Option<CloseCause> {
+    let deadline = deadline::<P>(connection, idle);
+    deadline.filter(|&deadline| deadline <= Instant::now()).map(|_| CloseCause::Idle)
 }
 
 impl<P: Protocol> Reader<P> {
-    fn new(now: Instant) -> Self {
-        Self { framer: P::Framer::default(), partial: Vec::new(), began: Some(now), last_read: now }
-    }
-
-    fn deadline(&self, idle: Duration) -> Option<Instant> {
-        let message = self.began.map(|began| began + P::MESSAGE_TIMEOUT);
-        let idle = (!idle.is_zero()).then(|| self.last_read + idle);
-        match (message, idle) {
-            (Some(message), Some(idle)) => Some(message.min(idle)),
-            (message, idle) => message.or(idle),
-        }
-    }
-
-    fn timed_out(&self, idle: Duration) -> Option<CloseCause> {
-        self.deadline(idle).filter(|&deadline| deadline <= Instant::now()).map(|_| CloseCause::Idle)
-    }
-
     /// Reads once and gives the engine what is whole.
     fn turn(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>) {
         let mut scratch = host.scratch.borrow_mut();
@@ -369,31 +450,35 @@ impl<P: Protocol> Reader<P> {
     /// Takes what was read.
     fn read(&mut self, host: &Rc<Host<P>>, connection: &Rc<Connection>, bytes: &[u8]) {
         let now = Instant::now();
-        self.last_read = now;
+        connection.last_read.set(now);
         if let Some(websocket) = connection.websocket.get() {
             return self.read_frames(host, connection, websocket, bytes, now);
         }
-        let result = if self.partial.is_empty() {
+        let mut whole = connection.partial.take();
+        let result = if whole.is_empty() {
             let result = self.cut(host, connection, bytes, now);
             if let Ok(used) = result {
-                self.partial.extend_from_slice(&bytes[used..]);
+                whole.extend_from_slice(&bytes[used..]);
             }
             result
         } else {
-            let mut whole = std::mem::take(&mut self.partial);
             whole.extend_from_slice(bytes);
             let result = self.cut(host, connection, &whole, now);
-            if let Ok(used) = result
-                && used < whole.len()
-            {
-                whole.drain(..used);
-                self.partial = whole;
+            if let Ok(used) = result {
+                if used == whole.len() {
+                    // Given back: an idle connection holds nothing.
+                    whole = Vec::new();
+                } else {
+                    whole.drain(..used);
+                }
             }
             result
         };
+        let rests = !whole.is_empty();
+        connection.partial.replace(whole);
         match result {
-            Ok(0) => self.began = self.began.or(Some(now)),
-            Ok(_) => self.began = (!self.partial.is_empty()).then_some(now),
+            Ok(0) => connection.began.set(connection.began.get().or(Some(now))),
+            Ok(_) => connection.began.set(rests.then_some(now)),
             Err(error) => host.lost_framing(connection, &error),
         }
     }
@@ -410,11 +495,12 @@ impl<P: Protocol> Reader<P> {
     ) {
         let mut messages = Vec::new();
         let result = websocket.receive(bytes, &mut messages);
-        self.began = if messages.is_empty() { self.began.or(Some(now)) } else { None };
+        let began = if messages.is_empty() { connection.began.get().or(Some(now)) } else { None };
+        connection.began.set(began);
         let output = websocket.take_output();
         if !output.is_empty() {
             // Answers to pings count as a sign of life.
-            self.began = None;
+            connection.began.set(None);
             let _cut_off = connection.push_bytes(&output, 2 * host.queued_bytes_max());
         }
         host.batch(now, |batch| {

@@ -1,6 +1,7 @@
 //! A worker: one thread, one single-threaded runtime, its own sockets and engines.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +13,8 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::LocalSet;
 
-use super::launch::{BoundSocket, Launch, LaunchPlace, Place, RunningListener};
+use super::handover::{Gate, Giver, HandOver, Legacy, SavedFlow, Verdict};
+use super::launch::{BoundSocket, Late, Launch, LaunchPlace, Place, RunningListener, To};
 use super::shared::Shared;
 use crate::observe::{Event, Events, Metrics, WorkerMetrics};
 use crate::routing::ListenerSpec;
@@ -33,6 +35,8 @@ pub(crate) struct Start {
     pub(crate) shared: Arc<Shared>,
     /// Tells apart two uses of one name.
     pub(crate) serial: u64,
+    /// What another process had of it on this worker; taken at its first start.
+    pub(crate) legacy: Mutex<Option<Legacy>>,
 }
 
 /// What a worker is told.
@@ -42,6 +46,12 @@ enum Order {
     Stop(u64),
     Drain,
     End,
+    /// Starts listeners with what another process had, all or none, and waits at the gate.
+    Inherit(Vec<u64>, Arc<Gate>),
+    /// Stands still and writes all out, then does as it is told.
+    HandOver(Arc<HandOver>),
+    /// A connection that another process sent after.
+    Enter(u64, Box<SavedFlow>, Vec<OwnedFd>),
 }
 
 /// The handle of a worker's thread.
@@ -106,6 +116,28 @@ impl Worker {
         self.order(Order::Start(serial));
     }
 
+    /// Starts listeners with what another process had; the worker then waits at the gate.
+    pub(crate) fn inherit(&self, starts: Vec<Start>, gate: &Arc<Gate>) {
+        let serials = starts.iter().map(|start| start.serial).collect();
+        self.starts().extend(starts.into_iter().map(Arc::new));
+        self.order(Order::Inherit(serials, Arc::clone(gate)));
+    }
+
+    /// Has the worker stand still and write out what it has.
+    pub(crate) fn hand_over(&self, handover: &Arc<HandOver>) {
+        self.order(Order::HandOver(Arc::clone(handover)));
+    }
+
+    /// Another process has the listener: a worker that dies does not start it again.
+    pub(crate) fn forget(&self, serial: u64) {
+        self.starts().retain(|start| start.serial != serial);
+    }
+
+    /// A connection that another process sent after.
+    pub(crate) fn enter(&self, serial: u64, flow: Box<SavedFlow>, fds: Vec<OwnedFd>) {
+        self.order(Order::Enter(serial, flow, fds));
+    }
+
     /// Gives a listener new options and routes.
     pub(crate) fn reconfigure(&self, serial: u64, spec: &Arc<ListenerSpec>) {
         for start in self.starts().iter_mut().filter(|start| start.serial == serial) {
@@ -115,6 +147,7 @@ impl Worker {
                 sockets: start.sockets.clone(),
                 shared: Arc::clone(&start.shared),
                 serial,
+                legacy: Mutex::default(),
             });
         }
         self.order(Order::Reconfigure(serial));
@@ -163,7 +196,7 @@ impl Inside {
         let mut running: HashMap<u64, Rc<dyn RunningListener>> = HashMap::new();
         let broken = Rc::new(Notify::new());
         for start in self.wanted() {
-            self.start(&mut running, &start, &broken);
+            let _told = self.start(&mut running, &start, &broken);
         }
         loop {
             let order = tokio::select! {
@@ -175,7 +208,24 @@ impl Inside {
                 Order::Start(serial) => {
                     let start = self.wanted().into_iter().find(|start| start.serial == serial);
                     if let Some(start) = start.filter(|_| !running.contains_key(&serial)) {
-                        self.start(&mut running, &start, &broken);
+                        let _told = self.start(&mut running, &start, &broken);
+                    }
+                }
+                Order::Inherit(serials, gate) => {
+                    let mut result = Ok(());
+                    for start in self.wanted() {
+                        if serials.contains(&start.serial) {
+                            let started = self.start(&mut running, &start, &broken);
+                            result = result.and(started);
+                        }
+                    }
+                    // No task runs before the gate opens: this thread stands here.
+                    gate.pass(result);
+                }
+                Order::HandOver(handover) => self.hand_over(&running, &handover),
+                Order::Enter(serial, flow, fds) => {
+                    if let Some(listener) = running.get(&serial) {
+                        listener.enter(Late(*flow, fds));
                     }
                 }
                 Order::Reconfigure(serial) => {
@@ -209,7 +259,7 @@ impl Inside {
         running: &mut HashMap<u64, Rc<dyn RunningListener>>,
         start: &Arc<Start>,
         broken: &Rc<Notify>,
-    ) {
+    ) -> Result<(), String> {
         let sockets = start
             .sockets
             .iter()
@@ -224,11 +274,13 @@ impl Inside {
                 sockets,
                 shared,
                 broken,
+                legacy: start.legacy.lock().unwrap_or_else(PoisonError::into_inner).take(),
             }))
         });
         match listener {
             Ok(listener) => {
                 running.insert(start.serial, listener);
+                Ok(())
             }
             Err(error) => {
                 let detail = format!("on worker {}: {error}", self.id.0);
@@ -236,9 +288,36 @@ impl Inside {
                     Level::Warn,
                     &start.spec.name,
                     "listener_failed",
-                    detail,
+                    detail.clone(),
                 ));
+                Err(detail)
             }
+        }
+    }
+
+    /// Stands still until it is known who goes on. No task of this worker runs meanwhile, and so
+    /// none is half way through anything.
+    fn hand_over(&self, running: &HashMap<u64, Rc<dyn RunningListener>>, handover: &Arc<HandOver>) {
+        if !handover.freeze() {
+            return;
+        }
+        let mut given = Vec::new();
+        let mut result = Ok(());
+        for start in self.wanted().iter().filter(|start| handover.takes(&start.spec.name)) {
+            let Some(listener) = running.get(&start.serial) else { continue };
+            let giver = To(Giver {
+                handover: Arc::clone(handover),
+                listener: start.spec.name.as_str().into(),
+                worker: self.id.0,
+            });
+            // What a protocol that knows no hand-over has stays here and ends here.
+            result = result.and_then(|()| listener.save(&giver));
+            given.push((listener, giver));
+        }
+        handover.saved(result);
+        let left = handover.verdict() == Verdict::Release;
+        for (listener, giver) in given {
+            listener.settle(&giver, left);
         }
     }
 }

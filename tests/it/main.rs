@@ -31,4 +31,5 @@ mod tcp_intake;
 mod tcp_peers;
 mod tls;
 mod udp;
+mod upgrade;
 mod watch;

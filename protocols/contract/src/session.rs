@@ -41,6 +41,12 @@ impl Keyer {
         Self { key }
     }
 
+    /// The secret itself, for a process that takes over.
+    #[must_use]
+    pub fn to_bytes(&self) -> [u8; 16] {
+        self.key
+    }
+
     /// The key of the session that `bytes` names. `space` keeps kinds of names apart (a Call-ID and
     /// a Session-Id of the same bytes are two sessions); it does not enter the placing hash.
     #[must_use]

@@ -38,6 +38,12 @@ impl TokenKeys {
         Self { keys }
     }
 
+    /// The keys themselves, for a process that takes over.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<[u8; 16]> {
+        self.keys.clone()
+    }
+
     /// Signs `pin` and the low four bits of `mark` for the place that `binding` names.
     #[must_use]
     pub fn seal(&self, pin: Pin, mark: u8, binding: u64) -> Token {

@@ -4,10 +4,12 @@
 //! |---|---|
 //! | `types` | what travels over the API |
 //! | `model` | the state machine, pure |
+//! | `handover` | the same for another process |
 //! | `file` | the state file: write, fsync, rename |
 //! | this | the two in one running edge: events, metrics, the union with YAML backends |
 
 pub(crate) mod file;
+mod handover;
 mod model;
 #[cfg(test)]
 mod properties;
@@ -15,6 +17,7 @@ mod types;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -41,7 +44,7 @@ type Refresh = Box<dyn Fn() + Send + Sync>;
 pub struct Registry {
     start: Instant,
     router_id: String,
-    epoch: u64,
+    epoch: AtomicU64,
     lease: Mutex<Duration>,
     core: Arc<Core>,
     events: Arc<Events>,
@@ -153,7 +156,7 @@ impl Registry {
         Arc::new(Self {
             start,
             router_id,
-            epoch,
+            epoch: AtomicU64::new(epoch),
             lease,
             core,
             events,
@@ -200,7 +203,7 @@ impl Registry {
     /// Changes when what was known is lost.
     #[must_use]
     pub fn epoch(&self) -> u64 {
-        self.epoch
+        self.epoch.load(Ordering::Relaxed)
     }
 
     /// Registers an instance; see [`Model::put`].
@@ -311,7 +314,7 @@ impl Registry {
             ttl_ms,
             next_ms: ttl_ms / HEARTBEATS,
             router_id: self.router_id.clone(),
-            epoch: self.epoch,
+            epoch: self.epoch(),
             sessions,
             deadline_miss_ppm: recent.miss_ppm(),
             p99_ms: recent.p99_ms,
@@ -533,19 +536,18 @@ impl Registry {
         }
     }
 
+    fn state(&self) -> file::State {
+        let inner = self.inner();
+        let all = inner.model.leases();
+        let instances =
+            all.map(|(pool, id, lease)| (pool.to_owned(), id.to_owned(), lease.clone())).collect();
+        file::State { version: 1, epoch: self.epoch(), instances }
+    }
+
     async fn write(&self) {
         let number = *self.wanted.borrow();
         let Some(path) = self.file.clone() else { return };
-        let state = file::State {
-            version: 1,
-            epoch: self.epoch,
-            instances: {
-                let inner = self.inner();
-                let all = inner.model.leases();
-                all.map(|(pool, id, lease)| (pool.to_owned(), id.to_owned(), lease.clone()))
-                    .collect()
-            },
-        };
+        let state = self.state();
         let shown = path.display().to_string();
         let done = tokio::task::spawn_blocking(move || file::write(&path, &state)).await;
         if let Ok(Err(error)) = done {

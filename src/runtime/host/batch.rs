@@ -166,6 +166,9 @@ impl<P: Protocol> Batch<'_, P> {
 
     /// Calls the engine so that its panic costs the engine and not the worker.
     pub(super) fn guard(&mut self, call: impl FnOnce(&mut State<P>, Instant, &mut Outbox)) {
+        if self.state.muted {
+            return;
+        }
         let mut out = std::mem::take(&mut self.state.out);
         let result = catch_unwind(AssertUnwindSafe(|| call(self.state, self.now, &mut out)));
         self.state.out = out;

@@ -28,6 +28,32 @@ impl Flows {
         self.slots[flow.slot() as usize].1 = Some(connection);
     }
 
+    /// Enters a flow under the number that it has in another process.
+    pub(super) fn put(&mut self, flow: FlowId, connection: Rc<Connection>) {
+        let slot = flow.slot() as usize;
+        if self.slots.len() <= slot {
+            self.slots.resize_with(slot + 1, || (0, None));
+        }
+        self.slots[slot] = (flow.generation(), Some(connection));
+    }
+
+    /// How often each slot was used.
+    pub(super) fn generations(&self) -> Vec<u32> {
+        self.slots.iter().map(|(generation, _)| *generation).collect()
+    }
+
+    /// Goes on counting where another process had come to: a number that was given once names nobody
+    /// else.
+    pub(super) fn number(&mut self, generations: &[u32]) {
+        self.slots = generations.iter().map(|&generation| (generation, None)).collect();
+    }
+
+    /// After the last [`Flows::put`]: what is free.
+    pub(super) fn settle(&mut self) {
+        let slots = self.slots.iter().zip(0u32..);
+        self.free = slots.filter(|((_, flow), _)| flow.is_none()).map(|(_, slot)| slot).collect();
+    }
+
     pub(super) fn get(&self, flow: FlowId) -> Option<&Rc<Connection>> {
         let (generation, connection) = self.slots.get(flow.slot() as usize)?;
         (generation & 0x00ff_ffff == flow.generation()).then_some(connection.as_ref()).flatten()

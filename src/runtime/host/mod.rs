@@ -6,6 +6,7 @@
 
 mod batch;
 mod flows;
+mod handover;
 mod outward;
 
 use std::cell::{Cell, RefCell, RefMut};
@@ -24,6 +25,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::runtime::datagram::DatagramPort;
+use crate::runtime::handover::Giver;
 use crate::runtime::intake::TakenIn;
 use crate::runtime::link::LinkTable;
 use crate::runtime::mailbox::Letters;
@@ -35,6 +37,7 @@ use crate::runtime::stream::{Connection, serve};
 use crate::runtime::sys::SendError;
 pub(crate) use batch::Batch;
 use flows::Flows;
+pub(crate) use handover::{Bridges, Inherited};
 use outward::Outwards;
 
 use crate::observe::{ListenerMetrics, TapPort};
@@ -54,6 +57,10 @@ pub(crate) struct Host<P: Protocol> {
     pub(crate) ports: Vec<Option<Rc<DatagramPort>>>,
     pub(crate) scratch: RefCell<Vec<u8>>,
     pub(crate) stop: CancellationToken,
+    /// Another process has the listener: nothing more is accepted, received or timed here.
+    pub(crate) left: CancellationToken,
+    /// Where connections go that were still on their way in then.
+    late: RefCell<Option<Giver>>,
     broken: Rc<Notify>,
     cell: RefCell<State<P>>,
     timer: Notify,
@@ -98,6 +105,8 @@ pub(crate) struct State<P: Protocol> {
     dials: Vec<Dial>,
     grants: Vec<Grant>,
     restarts: u64,
+    /// Another process has the engine's state: this one is not called any more.
+    muted: bool,
 }
 
 /// A client's connection that was entered.
@@ -111,7 +120,7 @@ pub(crate) struct Begun<P: Protocol> {
 
 enum Next<P: Protocol> {
     /// It is joined; its bytes pass.
-    Relay(Box<Relay<P>>),
+    Relay(Rc<RefCell<Relay<P>>>),
     /// It is cut into messages; what was read already.
     Cut(Vec<u8>),
 }
@@ -162,6 +171,7 @@ impl<P: Protocol> Host<P> {
             dials: Vec::new(),
             grants: Vec::new(),
             restarts: 0,
+            muted: false,
             spec: Arc::clone(&spec),
         };
         let granted = Arc::new(Notify::new());
@@ -173,6 +183,8 @@ impl<P: Protocol> Host<P> {
             ports,
             scratch: RefCell::new(vec![0; SCRATCH_BYTES]),
             stop,
+            left: CancellationToken::new(),
+            late: RefCell::default(),
             broken,
             cell: RefCell::new(state),
             timer: Notify::new(),
@@ -216,7 +228,7 @@ impl<P: Protocol> Host<P> {
         self.rearm(&state);
         let dials = std::mem::take(&mut state.dials);
         self.shared.in_progress[usize::from(self.worker.0)]
-            .store(state.engine.in_progress(), Ordering::Relaxed);
+            .store(if state.muted { 0 } else { state.engine.in_progress() }, Ordering::Relaxed);
         drop(state);
         for dial in dials {
             crate::runtime::link::dial(self, dial);
@@ -301,6 +313,7 @@ impl<P: Protocol> Host<P> {
         taken: TakenIn,
         transport: Transport,
     ) -> Option<Begun<P>> {
+        let taken = if self.has_left() { self.send_after(taken).await? } else { taken };
         let TakenIn { stream, remote, local, facts, early, websocket } = taken;
         let limit = self.state().spec.limits.per_source;
         let Some(place) = self.shared.source_place(remote.ip(), limit) else {
@@ -334,7 +347,7 @@ impl<P: Protocol> Host<P> {
     pub(crate) async fn serve(self: Rc<Self>, begun: Box<Begun<P>>) {
         let Begun { flow, connection, next, _place } = *begun;
         let cause = match next {
-            Next::Relay(relay) => relay.run().await,
+            Next::Relay(relay) => Relay::run(relay).await,
             Next::Cut(early) => {
                 let idle = self.state().spec.limits.idle;
                 Box::pin(serve(&self, &connection, idle, early)).await
@@ -465,6 +478,9 @@ impl<P: Protocol> Host<P> {
     }
 
     fn rearm(&self, state: &State<P>) {
+        if state.muted {
+            return;
+        }
         let wanted = [state.engine.next_timeout(), state.router.next_timeout()];
         let Some(next) = wanted.into_iter().flatten().min() else { return };
         // A timer that is armed too early costs one wake; only a later one must be moved.

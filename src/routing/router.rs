@@ -482,11 +482,7 @@ impl Router for CoreRouter {
     }
 
     fn resume(&mut self, _: Instant, backend: BackendId) {
-        // Not counted as a request: the other process counted it.
-        if let Some(live) = self.core.live(backend) {
-            live.resume();
-            *self.ledger.entry(backend).or_insert(0) += 1;
-        }
+        self.take_place(backend);
     }
 
     fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>) {

@@ -407,6 +407,14 @@ impl CoreRouter {
         }
     }
 
+    /// A request is in flight that another process sent, and counted.
+    pub(super) fn take_place(&mut self, backend: BackendId) {
+        if let Some(live) = self.core.live(backend) {
+            live.resume();
+            *self.ledger.entry(backend).or_insert(0) += 1;
+        }
+    }
+
     /// The engine died: nothing that it had under way will end, nothing that waits is wanted.
     pub fn abandon_all(&mut self, now: Instant) {
         for (_, waiting) in self.waiting.drain() {

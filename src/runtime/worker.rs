@@ -1,5 +1,6 @@
 //! A worker: one thread, one single-threaded runtime, its own sockets and engines.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -186,13 +187,14 @@ impl Inside {
             }
         };
         let local = LocalSet::new();
-        local.spawn_local(measure_lag(self.metrics.clone()));
-        local.block_on(&runtime, self.obey(orders));
+        let excused = Rc::new(Cell::new(Instant::now()));
+        local.spawn_local(measure_lag(self.metrics.clone(), Rc::clone(&excused)));
+        local.block_on(&runtime, self.obey(orders, &excused));
         drop(local);
         runtime.shutdown_background();
     }
 
-    async fn obey(&self, orders: &mut UnboundedReceiver<Order>) {
+    async fn obey(&self, orders: &mut UnboundedReceiver<Order>, excused: &Cell<Instant>) {
         let mut running: HashMap<u64, Rc<dyn RunningListener>> = HashMap::new();
         let broken = Rc::new(Notify::new());
         for start in self.wanted() {
@@ -221,8 +223,12 @@ impl Inside {
                     }
                     // No task runs before the gate opens: this thread stands here.
                     gate.pass(result);
+                    excused.set(Instant::now());
                 }
-                Order::HandOver(handover) => self.hand_over(&running, &handover),
+                Order::HandOver(handover) => {
+                    self.hand_over(&running, &handover);
+                    excused.set(Instant::now());
+                }
                 Order::Enter(serial, flow, fds) => {
                     if let Some(listener) = running.get(&serial) {
                         listener.enter(Late(*flow, fds));
@@ -323,10 +329,12 @@ impl Inside {
 }
 
 /// How late the worker comes to what it wanted to do: what every message waits as well.
-async fn measure_lag(metrics: WorkerMetrics) {
+/// A worker that stood still for a hand-over is not late: that is no overload, and must not have the
+/// node refuse what comes next.
+async fn measure_lag(metrics: WorkerMetrics, excused: Rc<Cell<Instant>>) {
     loop {
         let wanted = Instant::now() + LAG_EVERY;
         tokio::time::sleep_until(wanted.into()).await;
-        metrics.loop_lag(wanted.elapsed());
+        metrics.loop_lag(wanted.max(excused.get()).elapsed());
     }
 }

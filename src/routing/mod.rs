@@ -8,6 +8,7 @@
 //! | `core` | all that workers share; from a wanted state to the next snapshot |
 //! | `changes` | what is wanted, known and leaving |
 //! | `router` | the decision |
+//! | `choice` | which instance of a pool takes a new session |
 //! | `slots` | a slot, a wait, or a refusal |
 //! | `balance` | the published formulas |
 //! | `bounds` | the first time that one of the node's bounds bites |
@@ -27,6 +28,7 @@ mod bindings;
 mod bounds;
 mod brownout;
 mod changes;
+mod choice;
 mod core;
 mod events;
 mod flows;

@@ -182,7 +182,7 @@ fn hostile_websocket_clients_are_cut_off() {
         edge.until(word, |edge| counted(edge, word) == before + 1.0);
     }
     let mut other = Client::udp(([127, 0, 0, 1], plain).into());
-    other.send(b"OPTIONS sip:x@example.net SIP/2.0\r\nVia: SIP/2.0/UDP 127.0.0.1:9;rport;branch=z9hG4bKo\r\nMax-Forwards: 70\r\nFrom: <sip:a@example.net>;tag=1\r\nTo: <sip:x@example.net>\r\nCall-ID: other\r\nCSeq: 1 OPTIONS\r\nContent-Length: 0\r\n\r\n");
+    other.send(b"OPTIONS sip:x@example.net SIP/2.0\r\nVia: SIP/2.0/UDP 127.0.0.1;rport;branch=z9hG4bKo\r\nMax-Forwards: 70\r\nFrom: <sip:a@example.net>;tag=1\r\nTo: <sip:x@example.net>\r\nCall-ID: other\r\nCSeq: 1 OPTIONS\r\nContent-Length: 0\r\n\r\n");
     let answer = other.final_answer(Duration::from_secs(30)).expect("an answer");
     assert_eq!(status(&answer), 200);
 }

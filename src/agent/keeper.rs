@@ -204,6 +204,7 @@ pub(crate) fn enter(root: PathBuf, generation: u64) -> ExitCode {
             return ExitCode::from(126);
         }
     }
+    crate::runtime::sys::default_signals();
     let error = command.exec();
     eprintln!("strowger: {}: {error}", launch.exec[0]);
     // Their numbers may be others' by now; the process ends here.

@@ -33,7 +33,9 @@ impl Agent {
     fn spawn(folder: &TempDir, arguments: &[String]) -> Process {
         let number = fs::read_dir(folder.path()).expect("a folder").count();
         let log = folder.path().join(format!("agent-{number}.log"));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_strowger"));
+        // With SIGHUP ignored, as an operator's shell may leave it: programs must not inherit that.
+        let mut command = Command::new("nohup");
+        command.arg(env!("CARGO_BIN_EXE_strowger"));
         command.args(["agent", "serve", "--log", "debug", "--state"]);
         command.arg(folder.path().join("state")).args(arguments);
         Process::spawn(&mut command, &log)

@@ -1,5 +1,5 @@
-//! Sockets at the numbers that sd_listen_fds(3) wants, in a process that is about to become another
-//! program.
+//! What a process does that is about to become another program: sockets at the numbers that
+//! sd_listen_fds(3) wants, signals as a program expects them.
 
 #![allow(unsafe_code)]
 
@@ -30,4 +30,25 @@ pub(crate) fn place_for_exec(sockets: &[OwnedFd]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Gives the signals that a program may count on their default again: one that was ignored stays so over
+/// an exec, and a shell that was started so cannot even trap it. `nohup` and a shell's `&` leave such.
+/// Call it in a process that only calls exec(3) afterwards.
+pub(crate) fn default_signals() {
+    for signal in [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGTERM,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGCHLD,
+        libc::SIGPIPE,
+    ] {
+        // SAFETY: signal(2): "If the disposition is set to SIG_DFL, then the default action associated
+        // with the signal occurs." No handler and no memory of ours is involved, and every signal of the
+        // list may be set; by this function's contract nothing in the process counts on another one.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }

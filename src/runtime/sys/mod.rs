@@ -6,7 +6,7 @@ mod icmp;
 mod mmsg;
 mod watched;
 
-pub(crate) use handover::place_for_exec;
+pub(crate) use handover::{default_signals, place_for_exec};
 pub(crate) use icmp::{SendError, keep_errors, next_error};
 pub(crate) use mmsg::{RecvBatch, SendBatch};
 pub(crate) use watched::watched;

@@ -4,12 +4,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::agent_support::{Agent, edge, processes, state_at};
-use crate::harness::{Edge, free_port, has, http};
+use crate::harness::{Edge, free_port, free_range, has, http};
 
 /// Ports for a test's agent that no other test's has.
 fn ports() -> String {
-    let low = free_port();
-    format!("{low}-{}", low.saturating_add(60))
+    free_range(60)
 }
 
 fn web(edge: &Edge, count: u32, more: &str) -> String {

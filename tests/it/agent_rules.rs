@@ -10,11 +10,10 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::agent_support::{Agent, edge, state_at};
-use crate::harness::{Edge, free_port, has};
+use crate::harness::{Edge, free_port, free_range, has};
 
 fn ports() -> String {
-    let low = free_port();
-    format!("{low}-{}", low.saturating_add(60))
+    free_range(60)
 }
 
 /// A script that a manifest's program can be.
@@ -85,7 +84,9 @@ apps:
     assert!(
         records
             .iter()
-            .all(|it| it["app"] == "app" && it["generation"] == 1 && it["time"].is_string())
+            .all(|it| it["app"] == "app" && it["generation"] == 1 && it["time"].is_string()),
+        "{records:?}\n{}",
+        agent.log()
     );
     // XII: a one-off has the same environment and gives its exit code back.
     let (code, out, _) =
@@ -306,11 +307,11 @@ fn a_listening_socket_outlives_the_program() {
         std::io::Read::read_to_string(&mut stream, &mut text).expect("an answer");
         text
     };
-    assert_eq!(ask(), "1");
+    assert_eq!(ask(), "1", "{}", agent.log());
     let pid = agent.pids("app")[0].to_string();
     Command::new("kill").args(["-9", &pid]).status().expect("kill runs");
     agent.until("its end", |agent| {
-        agent.pids("app").is_empty() || agent.pids("app")[0].to_string() != pid
+        agent.pids("app").first().is_none_or(|other| other.to_string() != pid)
     });
     assert_eq!(ask(), "2", "who came meanwhile is served by the next one");
 }

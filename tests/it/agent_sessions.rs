@@ -6,11 +6,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::agent_support::{Agent, edge, state_at};
-use crate::harness::{Edge, Process, alone, free_port, has};
+use crate::harness::{Edge, Process, alone, free_port, free_range, has};
 
 fn ports() -> String {
-    let low = free_port();
-    format!("{low}-{}", low.saturating_add(100))
+    free_range(100)
 }
 
 /// Sample SIP instances; `more` is further keys of the application.

@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -38,12 +38,34 @@ pub(crate) fn has(program: &str) -> bool {
 /// (`net.ipv4.ip_local_port_range`, 32768 and up): one from there could be gone again by the time
 /// that the test's peer binds it.
 pub(crate) fn free_port() -> u16 {
+    next_port(&mut ports())
+}
+
+/// So many neighbouring ports, as a range; none of them is given to anybody else.
+pub(crate) fn free_range(count: u16) -> String {
+    let mut ports = ports();
+    let (mut low, mut last) = (next_port(&mut ports), None);
+    while last.unwrap_or(low) - low < count - 1 {
+        let next = next_port(&mut ports);
+        if next != last.unwrap_or(low) + 1 {
+            low = next;
+        }
+        last = Some(next);
+    }
+    format!("{low}-{}", low + count - 1)
+}
+
+/// Where the search for the next one goes on.
+fn ports() -> MutexGuard<'static, u32> {
+    static NEXT: LazyLock<Mutex<u32>> =
+        // Two runs at once start at different places.
+        LazyLock::new(|| Mutex::new(std::process::id().wrapping_mul(0x9e37_79b9) >> 8));
+    NEXT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn next_port(next: &mut u32) -> u16 {
     const LOW: u16 = 10_000;
     const COUNT: u32 = 22_000;
-    static NEXT: Mutex<Option<u32>> = Mutex::new(None);
-    let mut next = NEXT.lock().unwrap_or_else(PoisonError::into_inner);
-    // Two runs at once start at different places.
-    let next = next.get_or_insert_with(|| std::process::id().wrapping_mul(0x9e37_79b9) >> 8);
     for _ in 0..COUNT {
         *next = next.wrapping_add(1);
         let port = LOW + u16::try_from(*next % COUNT).expect("below the count");

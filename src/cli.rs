@@ -273,12 +273,7 @@ fn fetch(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Resul
         admin.admin,
         body.len()
     )?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).with_context(|| format!("{whom} broke off"))?;
-    let head = memchr::memmem::find(&answer, b"\r\n\r\n");
-    let head = head.with_context(|| format!("{whom} does not speak HTTP"))?;
-    let body = answer.split_off(head + 4);
-    let head = String::from_utf8_lossy(&answer);
+    let (head, body) = read_answer(&mut stream, &whom)?;
     let code = head.split(' ').nth(1).unwrap_or_default();
     if !code.starts_with('2') {
         let value: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
@@ -286,6 +281,19 @@ fn fetch(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Resul
         bail!("{whom} says {code}: {}{}", text(&value["title"]), detail.unwrap_or_default());
     }
     Ok(body)
+}
+
+/// Reads an HTTP answer whose sender closes after it: its head and its body.
+///
+/// # Errors
+/// `whom` broke off, or sent something else.
+pub(crate) fn read_answer(stream: &mut impl Read, whom: &str) -> Result<(String, Vec<u8>)> {
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).with_context(|| format!("{whom} broke off"))?;
+    let head = memchr::memmem::find(&answer, b"\r\n\r\n");
+    let head = head.with_context(|| format!("{whom} does not speak HTTP"))?;
+    let body = answer.split_off(head + 4);
+    Ok((String::from_utf8_lossy(&answer).into_owned(), body))
 }
 
 fn text(value: &Value) -> String {

@@ -1,7 +1,7 @@
 //! `strowger agent …`: what the command line says to a running agent.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -442,12 +442,7 @@ fn give(socket: &Path, command: &Command) -> Result<Value> {
         "POST /v1/command HTTP/1.1\r\nHost: agent\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
         body.len()
     )?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).with_context(|| format!("{whom} broke off"))?;
-    let head = memchr::memmem::find(&answer, b"\r\n\r\n");
-    let head = head.with_context(|| format!("{whom} does not speak HTTP"))?;
-    let body = answer.split_off(head + 4);
-    let status = String::from_utf8_lossy(&answer);
+    let (status, body) = crate::cli::read_answer(&mut stream, &whom)?;
     if status.split(' ').nth(1).is_some_and(|code| code.starts_with('2')) {
         return Ok(serde_json::from_slice(&body)?);
     }

@@ -107,16 +107,11 @@ impl CoreRouter {
         misses: &mut Misses,
     ) -> Option<usize> {
         let key = asked.query.session.stable;
-        let takes = group
-            .members
-            .iter()
-            .copied()
-            .filter(|&index| asked.takes(&pool.backends[index], misses));
         let score = |index: usize| {
             let backend = &pool.backends[index];
             rendezvous_score(key, backend.pin, weight_of(pool, backend, asked.now))
         };
-        takes.max_by(|&one, &two| score(one).total_cmp(&score(two)))
+        asked.takers(pool, group, misses).max_by(|&one, &two| score(one).total_cmp(&score(two)))
     }
 
     /// Power of two choices.
@@ -141,14 +136,9 @@ impl CoreRouter {
         match picks {
             [Some(one), Some(two)] => Some(if cost(two) < cost(one) { two } else { one }),
             // Few are usable: look at them all.
-            _ => {
-                let takes = group
-                    .members
-                    .iter()
-                    .copied()
-                    .filter(|&index| asked.takes(&pool.backends[index], misses));
-                takes.min_by(|&one, &two| cost(one).total_cmp(&cost(two)))
-            }
+            _ => asked
+                .takers(pool, group, misses)
+                .min_by(|&one, &two| cost(one).total_cmp(&cost(two))),
         }
     }
 
@@ -161,11 +151,8 @@ impl CoreRouter {
     ) -> Option<usize> {
         // One pass: each takes the lead with its share of the weight so far.
         let (mut chosen, mut total) = (None, 0.0);
-        for &index in &group.members {
+        for index in asked.takers(pool, group, misses) {
             let backend = &pool.backends[index];
-            if !asked.takes(backend, misses) {
-                continue;
-            }
             let weight = weight_of(pool, backend, asked.now);
             total += weight;
             let unit = (self.dice.roll() >> 11) as f64 / (1u64 << 53) as f64;
@@ -185,11 +172,8 @@ impl CoreRouter {
         misses: &mut Misses,
     ) -> Option<usize> {
         let (mut best, mut total) = (None::<(usize, i64)>, 0);
-        for &index in &group.members {
+        for index in asked.takers(pool, group, misses) {
             let backend = &pool.backends[index];
-            if !asked.takes(backend, misses) {
-                continue;
-            }
             let weight = (weight_of(pool, backend, asked.now) * 1_000.0) as i64;
             total += weight;
             let credit = self.turns.entry(backend.id).or_insert(0);
@@ -203,7 +187,19 @@ impl CoreRouter {
         Some(index)
     }
 }
+
 impl Asked<'_> {
+    /// The members of a group that may take this new session.
+    fn takers<'a>(
+        &'a self,
+        pool: &'a Pool,
+        group: &'a Group,
+        misses: &'a mut Misses,
+    ) -> impl Iterator<Item = usize> + 'a {
+        let members = group.members.iter().copied();
+        members.filter(move |&index| self.takes(&pool.backends[index], misses))
+    }
+
     /// Whether the backend may take this new session.
     fn takes(&self, backend: &Backend, misses: &mut Misses) -> bool {
         if !backend.is_open() || !backend.is_linked() || self.query.exclude.contains(&backend.id) {

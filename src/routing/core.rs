@@ -623,7 +623,7 @@ impl Core {
         class: ClassId,
         ttl: Duration,
     ) -> Learned {
-        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        let ttl = whole_seconds(ttl);
         self.table.remember(session.keyed, backend, class, seconds(self.clock(now)), ttl)
     }
 
@@ -635,7 +635,7 @@ impl Core {
         class: ClassId,
         ttl: Duration,
     ) -> Learned {
-        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        let ttl = whole_seconds(ttl);
         self.table.insert(session.keyed, backend, class, seconds(self.clock(now)), ttl)
     }
 
@@ -647,7 +647,7 @@ impl Core {
         class: ClassId,
         ttl: Duration,
     ) -> Learned {
-        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        let ttl = whole_seconds(ttl);
         self.table.hold(session.keyed, backend, class, seconds(self.clock(now)), ttl)
     }
 
@@ -681,6 +681,11 @@ fn find<'a>(
     let named = pool.backends().filter(|backend| backend.spec.id == id && !backend.leaving);
     let backend = named.max_by_key(|backend| backend.spec.generation).ok_or(NotFound)?;
     Ok((pool, backend))
+}
+
+/// A time to live, as the tables keep it; what is longer than they can say is the longest.
+pub(super) fn whole_seconds(ttl: Duration) -> u32 {
+    u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX)
 }
 
 pub(super) fn seconds(clock: u64) -> u32 {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 use strowger_contract::{BackendId, BindingKey, Endpoint, PeerReport, SessionKey};
 
-use super::core::{Core, seconds};
+use super::core::{Core, seconds, whole_seconds};
 use super::events::Happening;
 use super::holders::Holder;
 use super::snapshot::Snapshot;
@@ -142,7 +142,7 @@ impl Core {
         let Some(bindings) = self.bindings() else { return backend };
         let holders = self.table().holders();
         let now = seconds(self.clock(now));
-        let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX).max(1);
+        let ttl = whole_seconds(ttl).max(1);
         // One that cannot be reached or lost its sessions holds nobody.
         let is_good = |bound: u32| {
             let holder = Holder::from_bits(bound);
@@ -158,7 +158,7 @@ impl Core {
 
     pub(super) fn keep_bound(&self, now: Instant, session: SessionKey, ttl: Duration) {
         if let Some(bindings) = self.bindings() {
-            let ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX).max(1);
+            let ttl = whole_seconds(ttl).max(1);
             bindings.keep(session.keyed, seconds(self.clock(now)).saturating_add(ttl));
         }
     }

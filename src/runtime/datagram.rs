@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use strowger_contract::Outbox;
-use tokio::io::unix::AsyncFd;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::io::{Interest, Ready};
 
 use super::sys::{RecvBatch, SendBatch, SendError, keep_errors, next_error, watched};
@@ -97,10 +97,7 @@ impl DatagramPort {
         batch: &mut RecvBatch,
         errors: &mut Vec<SendError>,
     ) -> io::Result<usize> {
-        let mut ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
-        if ready.ready().is_error() && self.take_errors(errors) {
-            ready.clear_ready_matching(Ready::ERROR);
-        }
+        let mut ready = self.ready(errors).await?;
         let result = batch.receive(self.descriptor());
         let is_drained = match &result {
             Ok(count) => *count < BATCH,
@@ -114,6 +111,18 @@ impl DatagramPort {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             result => result,
         }
+    }
+
+    /// Waits for anything, and takes the errors of sent datagrams; what is readable is the caller's.
+    async fn ready(
+        &self,
+        errors: &mut Vec<SendError>,
+    ) -> io::Result<AsyncFdReadyGuard<'_, StdUdpSocket>> {
+        let mut ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.ready().is_error() && self.take_errors(errors) {
+            ready.clear_ready_matching(Ready::ERROR);
+        }
+        Ok(ready)
     }
 
     fn descriptor(&self) -> BorrowedFd<'_> {
@@ -131,19 +140,10 @@ impl DatagramPort {
         false
     }
 
-    /// Receives another batch if there is one, without waiting.
-    pub(crate) fn receive_more(&self, batch: &mut RecvBatch) -> Option<usize> {
-        batch.receive(self.descriptor()).ok()
-    }
-
     /// Waits for datagrams or for errors of sent ones; errors are appended to `errors`. Who calls it
     /// must receive until nothing is left: what is there already wakes nobody again.
     pub(crate) async fn wait(&self, errors: &mut Vec<SendError>) -> io::Result<()> {
-        let mut ready = self.socket.ready(Interest::READABLE | Interest::ERROR).await?;
-        if ready.ready().is_error() && self.take_errors(errors) {
-            ready.clear_ready_matching(Ready::ERROR);
-        }
-        ready.clear_ready_matching(Ready::READABLE);
+        self.ready(errors).await?.clear_ready_matching(Ready::READABLE);
         Ok(())
     }
 

@@ -378,9 +378,9 @@ async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
                 is_drained = true;
                 break;
             }
-            match port.receive_more(&mut batch) {
-                Some(more) => count = more,
-                None => {
+            match port.try_receive(&mut batch) {
+                Ok(more) => count = more,
+                Err(_) => {
                     is_drained = true;
                     break;
                 }

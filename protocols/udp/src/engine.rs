@@ -243,6 +243,15 @@ impl UdpEngine {
         }
     }
 
+    /// The flow whose request was settled; it has no ticket any more.
+    fn no_longer_waits(&mut self, ticket: Ticket) -> Option<u32> {
+        let number = self.waiting.remove(&ticket)?;
+        if let Some(flow) = self.flows.get(number) {
+            flow.ticket = None;
+        }
+        Some(number)
+    }
+
     fn refused(
         &mut self,
         now: Instant,
@@ -445,12 +454,9 @@ impl Engine for UdpEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let Some(number) = self.waiting.remove(&ticket) else {
+        let Some(number) = self.no_longer_waits(ticket) else {
             return router.outcome(now, route.backend, Outcome::Abandoned);
         };
-        if let Some(flow) = self.flows.get(number) {
-            flow.ticket = None;
-        }
         self.go(now, number, route, router, out);
     }
 
@@ -462,10 +468,7 @@ impl Engine for UdpEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let Some(number) = self.waiting.remove(&ticket) else { return };
-        if let Some(flow) = self.flows.get(number) {
-            flow.ticket = None;
-        }
+        let Some(number) = self.no_longer_waits(ticket) else { return };
         self.refused(now, number, refusal, router, out);
     }
 

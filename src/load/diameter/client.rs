@@ -73,6 +73,7 @@ pub(crate) struct Clients {
 
 impl Clients {
     pub(crate) fn new(now: Instant, options: &DiameterOptions) -> Self {
+        let run = options.common.seed();
         let mut templates = Vec::new();
         for (application, _) in &options.mix.0 {
             let (first, later) = match *application {
@@ -81,11 +82,10 @@ impl Clients {
             };
             templates.push((
                 *application,
-                template(options, *application, first),
-                template(options, *application, later),
+                template(options, run, *application, first),
+                template(options, run, *application, later),
             ));
         }
-        let run = options.common.seed();
         Self {
             options: options.clone(),
             templates,
@@ -367,9 +367,9 @@ fn decimal(mut number: u32) -> [u8; 10] {
     text
 }
 
-fn template(options: &DiameterOptions, application: u32, command: u32) -> Template {
+fn template(options: &DiameterOptions, run: u32, application: u32, command: u32) -> Template {
     let mut bytes = Vec::new();
-    let session = format!("load;{:08x};00000000;00000000", options.common.seed());
+    let session = format!("load;{run:08x};00000000;00000000");
     let imsi = "001010000000000";
     let mut builder = Builder::request(&mut bytes, command, application, 0, 0)
         .text(code::SESSION_ID, &session)

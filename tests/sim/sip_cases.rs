@@ -115,8 +115,9 @@ fn an_emergency_call_stays_one_by_its_token() {
 fn a_call_whose_bye_is_lost_ends_with_its_session_timer() {
     let mut bench = Bench::new(json!({"cdr": true}), "", vec![backend(1, None)]);
     let sent = bench.client(&request("INVITE", "c1", ""));
-    bench.answers(&sent[1], "200 OK", "Session-Expires: 90;refresher=uac\r\n");
+    let answered = bench.answers(&sent[1], "200 OK", "Session-Expires: 90;refresher=uac\r\n");
     assert_eq!(bench.held(), 1);
+    assert_eq!(starts(&bench.client(&within("ACK", "c1", &answered[0].1, "callee"))), ["ACK"]);
     bench.passes(Duration::from_secs(121));
     bench.core.tick(bench.start + bench.at);
     assert_eq!(bench.held(), 1);
@@ -127,6 +128,61 @@ fn a_call_whose_bye_is_lost_ends_with_its_session_timer() {
         matches!(note, Note::Call(record) if record.end.is_some_and(|end| end.cause == "session_expired"))
     });
     assert!(ended);
+    bench.rests();
+}
+
+/// A request of the caller's in the dialog with that answerer's tag.
+fn within(method: &str, call: &str, answer: &str, tag: &str) -> String {
+    let route = header(answer, "Record-Route");
+    request(method, call, &format!("Route: {route}\r\n"))
+        .replace("To: <sip:bob@example.net>", &format!("To: <sip:bob@example.net>;tag={tag}"))
+        .replace("sip:bob@example.net SIP", "sip:bob@10.0.0.1 SIP")
+}
+
+fn causes(bench: &Bench) -> Vec<&'static str> {
+    let ends = bench.notes.iter().filter_map(|note| match note {
+        Note::Call(record) => record.end.map(|end| end.cause),
+        _ => None,
+    });
+    ends.collect()
+}
+
+/// RFC 3261 13.3.1.4: the instance ends it with a BYE, or died before it could.
+#[test]
+fn a_call_whose_answer_nobody_acknowledges_is_over_after_64_t1() {
+    let mut bench = Bench::new(json!({"cdr": true}), "", vec![backend(1, None)]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    bench.answers(&sent[1], "200 OK", "");
+    bench.passes(Duration::from_secs(31));
+    assert_eq!((bench.held(), causes(&bench)), (1, vec![]));
+    bench.passes(Duration::from_secs(2));
+    assert_eq!((bench.held(), causes(&bench)), (0, vec!["never_acknowledged"]));
+    bench.rests();
+}
+
+/// A hung instance answers as well when it wakes: its dialog's BYE ends that one and no other.
+#[test]
+fn the_bye_of_a_second_answer_gives_nothing_back_of_the_first_ones() {
+    let mut bench = Bench::new(json!({"cdr": true}), "", three());
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let again = bench.passes(Duration::from_secs(3));
+    let second = again.iter().find(|(to, text)| text.starts_with("INVITE") && *to != sent[1].0);
+    let second = second.expect("another instance is tried").clone();
+    let won = bench.answers(&second, "200 OK", "");
+    assert_eq!(starts(&bench.client(&within("ACK", "c1", &won[0].1, "callee"))), ["ACK"]);
+    let mut late = sent[1].clone();
+    late.1 = late.1.replace("To: <sip:bob@example.net>", "To: <sip:bob@example.net>;tag=late");
+    let other = bench.answers(&late, "200 OK", "");
+    assert_eq!(starts(&other), ["200"]);
+    let end = |bench: &mut Bench, answer: &str, tag: &str| {
+        let bye = within("BYE", "c1", answer, tag).replace("-BYE;", &format!("-BYE{tag};"));
+        let sent = bench.client(&bye);
+        assert_eq!(starts(&bench.answers(&sent[0], "200 OK", "")), ["200"]);
+    };
+    end(&mut bench, &other[0].1, "late");
+    assert_eq!((bench.held(), causes(&bench)), (1, vec![]));
+    end(&mut bench, &won[0].1, "callee");
+    assert_eq!((bench.held(), causes(&bench)), (0, vec!["bye"]));
     bench.rests();
 }
 

@@ -3,7 +3,8 @@
 //! The slot is the routing core's: a held session, begun by the 2xx, refreshed by re-INVITE and
 //! UPDATE, ended by BYE, and by time if no BYE ever comes (RFC 4028's interval, or the pool's
 //! `session.ttl`). It is shared by all workers and outlives reloads and engines, so nothing here
-//! counts up and down by itself. The record, which only listeners with `cdr: true` keep, lives on
+//! counts up and down by itself. A call whose 2xx nobody acknowledged within 64 x T1 is none (RFC 3261
+//! 13.3.1.4): its instance ends it with a BYE, or died before it could. The record, which only listeners with `cdr: true` keep, lives on
 //! the worker that saw the call begin; our Record-Route names it, and the dialog's requests come
 //! there.
 
@@ -12,16 +13,18 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 use strowger_contract::{
-    CallEnd, CallPhase, CallRecord, CallSide, Note, Outbox, PoolId, Router, WorkerId,
+    CallEnd, CallPhase, CallRecord, CallSide, Note, Outbox, PoolId, Router, SessionKey, WorkerId,
+    stable_hash,
 };
 
+use crate::SPACE;
 use crate::engine::SipEngine;
 use crate::incoming::{Incoming, seconds};
 use crate::method::Method;
 use crate::scan::{Name, Scan};
 use crate::target::Target;
-use crate::transaction::KeyMap;
-use crate::uri::name_addr;
+use crate::transaction::{KeyMap, State};
+use crate::uri::{name_addr, tag};
 
 /// Marks the wheel's keys that are calls'.
 pub(crate) const CALL_KEY: u64 = 1 << 63;
@@ -32,6 +35,34 @@ const RECORDS_MAX: usize = 500_000;
 /// What a peer may be late with its refresh (RFC 4028 10: a third of the interval, at least 32 s).
 const REFRESH_GRACE: Duration = Duration::from_secs(32);
 
+/// What tells dialogs of one Call-ID apart: both tags, and which side of the edge began it. A call to a
+/// registered user passes twice, by the registrar, with the same tags.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct DialogKey(u64);
+
+impl DialogKey {
+    /// Of a request or answer of the dialog, whichever side sent it.
+    pub(crate) fn of(message: &[u8], scan: &Scan, begun_by_backend: bool) -> Self {
+        let hash =
+            |name| stable_hash(scan.value(message, name).and_then(tag).unwrap_or_default()) & !1;
+        Self(hash(Name::From).wrapping_add(hash(Name::To)) | u64::from(begun_by_backend))
+    }
+
+    fn begun_by_backend(self) -> bool {
+        self.0 & 1 != 0
+    }
+
+    /// The key of the call's record.
+    fn record(self, session: SessionKey) -> u64 {
+        session.keyed ^ self.0
+    }
+}
+
+/// What the table remembers an unacknowledged call by.
+fn unacknowledged(call_id: &[u8], router: &dyn Router) -> SessionKey {
+    router.keyer().session(SPACE + 2, call_id)
+}
+
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct Open {
     record: Box<CallRecord>,
@@ -39,6 +70,8 @@ pub(crate) struct Open {
     generation: u32,
     #[serde(with = "strowger_contract::handover::moment")]
     until: Instant,
+    /// The record that the same dialog had before, when it passed here already.
+    earlier: Option<u32>,
 }
 
 /// The answered calls of one engine that have records.
@@ -88,6 +121,23 @@ impl Calls {
     }
 }
 
+impl Calls {
+    /// Takes a record out; the one that its dialog had before stands in its place.
+    fn take(&mut self, slot: u32) -> Option<Open> {
+        let taken = self.open.try_remove(slot as usize)?;
+        if self.keys.get(&taken.key) == Some(&slot) {
+            let earlier = taken.earlier.filter(|earlier| {
+                self.open.get(*earlier as usize).is_some_and(|open| open.key == taken.key)
+            });
+            match earlier {
+                Some(earlier) => self.keys.insert(taken.key, earlier),
+                None => self.keys.remove(&taken.key),
+            };
+        }
+        Some(taken)
+    }
+}
+
 /// What goes to another process.
 impl Calls {
     pub(crate) fn all(&self) -> (u64, Vec<(u32, &Open)>) {
@@ -97,7 +147,11 @@ impl Calls {
     pub(crate) fn take_over(&mut self, next: u64, all: Vec<(u32, Open)>) -> Vec<(Instant, u64)> {
         self.next = next;
         self.generation = all.iter().map(|(_, open)| open.generation).max().unwrap_or(0);
-        self.keys = all.iter().map(|(slot, open)| (open.key, *slot)).collect();
+        // Of one dialog's records the newest stands first.
+        let mut order: Vec<_> =
+            all.iter().map(|(slot, open)| (open.generation, open.key, *slot)).collect();
+        order.sort_unstable();
+        self.keys = order.into_iter().map(|(_, key, slot)| (key, slot)).collect();
         let due = all.iter().map(|(slot, open)| (open.until, open.wheel_key(*slot))).collect();
         self.open = all.into_iter().map(|(slot, open)| (slot as usize, open)).collect();
         due
@@ -138,6 +192,8 @@ impl SipEngine {
         }
         let (session, class) = (transaction.session, transaction.class);
         let pool = transaction.pool;
+        let dialog = DialogKey::of(message, scan, transaction.dialog.begun_by_backend());
+        transaction.dialog = dialog;
         if !transaction.creates_dialog {
             // A refresh, from whichever side: what is known lives on; what ended stays so.
             if let Some(backend) = router.lookup(now, session)
@@ -145,7 +201,7 @@ impl SipEngine {
             {
                 let ttl = self.session_time(message, scan, pool, router);
                 router.learn(now, session, backend, class, ttl);
-                self.refresh(now, session.keyed, ttl);
+                self.refresh(now, dialog.record(session), ttl);
             }
             return;
         }
@@ -164,6 +220,9 @@ impl SipEngine {
         let ttl = self.session_time(message, scan, pool, router);
         if self.settings.options.record_route {
             router.hold(now, session, backend, class, ttl);
+            let call_id = scan.value(message, Name::CallId).unwrap_or_default();
+            let wait = self.settings.timeout() * 2;
+            router.remember(now, unacknowledged(call_id, router), backend, class, wait);
         } else {
             // Its BYE does not come this way: it would hold its slot until its time is out.
             router.learn(now, session, backend, class, ttl);
@@ -178,7 +237,7 @@ impl SipEngine {
             out.note(Note::Count("sip_calls_not_followed"));
             return;
         }
-        self.keep_record(now, session.keyed, record, ttl);
+        self.keep_record(now, dialog.record(session), record, ttl);
     }
 
     fn put_back(&mut self, slot: u32, record: Option<Box<CallRecord>>) {
@@ -190,11 +249,59 @@ impl SipEngine {
     fn keep_record(&mut self, now: Instant, key: u64, record: Box<CallRecord>, ttl: Duration) {
         let calls = &mut self.calls;
         calls.generation = calls.generation.wrapping_add(1);
-        let open = Open { record, key, generation: calls.generation, until: now + ttl };
-        let wheel_key = open.wheel_key(calls.open.vacant_key() as u32);
-        let slot = calls.open.insert(open) as u32;
-        calls.keys.insert(key, slot);
+        let slot = calls.open.vacant_key() as u32;
+        let earlier = calls.keys.insert(key, slot);
+        let open = Open { record, key, generation: calls.generation, until: now + ttl, earlier };
+        let wheel_key = open.wheel_key(slot);
+        calls.open.insert(open);
         self.wheel_insert(now, now + ttl, wheel_key);
+    }
+
+    /// An ACK passes: the call is one.
+    pub(crate) fn call_acknowledged(
+        &mut self,
+        now: Instant,
+        incoming: &Incoming<'_>,
+        router: &mut dyn Router,
+    ) {
+        if self.settings.is_stateless() || !self.settings.options.record_route {
+            return;
+        }
+        let call_id = incoming.scan.value(incoming.message.bytes, Name::CallId);
+        let waiting = unacknowledged(call_id.unwrap_or_default(), router);
+        router.forget(now, waiting);
+    }
+
+    /// The time of an INVITE's 2xx is over (Timer L): if nobody acknowledged it, there is no call.
+    pub(crate) fn never_acknowledged(
+        &mut self,
+        now: Instant,
+        slot: u32,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        if transaction.state != State::Accepted || !transaction.creates_dialog {
+            return;
+        }
+        let (session, dialog) = (transaction.session, transaction.dialog);
+        let request = std::mem::take(&mut transaction.request);
+        let mut scan = std::mem::take(&mut self.other_scan);
+        if scan.scan(&request).is_ok() {
+            let call_id = scan.value(&request, Name::CallId).unwrap_or_default();
+            let waiting = unacknowledged(call_id, router);
+            if router.lookup(now, waiting).is_some() {
+                router.forget(now, waiting);
+                router.forget(now, session);
+                out.note(Note::Count("sip_calls_never_acknowledged"));
+                let end = CallEnd { by: CallSide::Edge, code: 408, cause: "never_acknowledged" };
+                self.close_record(now, dialog.record(session), end, out);
+            }
+        }
+        self.other_scan = scan;
+        if let Some(transaction) = self.transactions.get(slot) {
+            transaction.request = request;
+        }
     }
 
     fn refresh(&mut self, now: Instant, key: u64, ttl: Duration) {
@@ -206,20 +313,25 @@ impl SipEngine {
         }
     }
 
-    /// A BYE ended the call of that session.
+    /// A BYE ended that dialog.
     pub(crate) fn call_ended(
         &mut self,
         now: Instant,
-        key: u64,
+        (session, dialog): (SessionKey, DialogKey),
         from_backend: bool,
         code: u16,
         out: &mut Outbox,
     ) {
-        let Some(slot) = self.calls.keys.remove(&key) else { return };
-        let Some(open) = self.calls.open.try_remove(slot as usize) else { return };
-        let by_caller = open.record.begun_by_backend == from_backend;
+        let by_caller = dialog.begun_by_backend() == from_backend;
         let by = if by_caller { CallSide::Caller } else { CallSide::Callee };
-        close(now, open.record, CallEnd { by, code, cause: "bye" }, out);
+        self.close_record(now, dialog.record(session), CallEnd { by, code, cause: "bye" }, out);
+    }
+
+    fn close_record(&mut self, now: Instant, key: u64, end: CallEnd, out: &mut Outbox) {
+        let Some(&slot) = self.calls.keys.get(&key) else { return };
+        if let Some(open) = self.calls.take(slot) {
+            close(now, open.record, end, out);
+        }
     }
 
     /// A call's time may be out.
@@ -233,10 +345,7 @@ impl SipEngine {
             let until = open.until;
             return self.wheel_insert(now, until, key);
         }
-        let open = self.calls.open.remove(slot as usize);
-        if self.calls.keys.get(&open.key) == Some(&(slot as u32)) {
-            self.calls.keys.remove(&open.key);
-        }
+        let Some(open) = self.calls.take(slot as u32) else { return };
         let end = CallEnd { by: CallSide::Edge, code: 408, cause: "session_expired" };
         close(now, open.record, end, out);
     }

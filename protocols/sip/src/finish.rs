@@ -275,11 +275,21 @@ impl SipEngine {
         }
         // It was sent and nobody answered, be it for a timer or a connection that broke.
         let unanswered = by_edge && !transaction.legs.is_empty();
-        let (session, from_backend) = (transaction.session, transaction.from_backend);
+        let (session, dialog) = (transaction.session, transaction.dialog);
+        let from_backend = transaction.from_backend;
+        let owner =
+            transaction.legs.iter().rev().find_map(|leg| {
+                leg.backend.or_else(|| leg.pin.and_then(|pin| router.resolve(pin)))
+            });
         // RFC 3261 12.2.1.2, 15.1.1: 481 and no answer end it as well; 401 and the like do not.
         if unanswered || matches!(code, 200..300 | 408 | 481) {
-            router.forget(now, session);
-            self.call_ended(now, session.keyed, from_backend, code, out);
+            // Another instance's answer to the same INVITE is another dialog: ending it gives nothing
+            // back of the one that was counted.
+            let counted = router.lookup(now, session);
+            if owner.is_none() || counted.is_none() || counted == owner {
+                router.forget(now, session);
+            }
+            self.call_ended(now, (session, dialog), from_backend, code, out);
         }
     }
 }

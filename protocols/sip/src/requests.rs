@@ -8,6 +8,7 @@ use strowger_contract::{
 };
 
 use crate::branch::Branch;
+use crate::calls::DialogKey;
 use crate::classify::classify;
 use crate::engine::SipEngine;
 use crate::incoming::{Incoming, loop_hash, record_key, refused_as_is, session_key, trimmed};
@@ -230,6 +231,7 @@ impl SipEngine {
             deadline,
             session: session_key(message, incoming.scan, incoming.uri, pool, router),
             call_id: incoming.call_id,
+            dialog: DialogKey::of(message.bytes, incoming.scan, target.begun_by_backend),
             pool,
             creates_dialog: invite && !in_dialog,
             legs: self.transactions.list(),
@@ -360,6 +362,7 @@ impl SipEngine {
             // Of a re-INVITE that went there, too.
             return out.hand_over(keeper, &incoming.message);
         }
+        self.call_acknowledged(now, incoming, router);
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
     }
 

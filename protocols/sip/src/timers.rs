@@ -36,6 +36,7 @@ impl SipEngine {
                 router.withdraw(now, ticket);
             }
             self.settle_all(now, slot, router);
+            self.never_acknowledged(now, slot, router, out);
             self.note_attempt(now, slot, 408, true, out);
             self.note_end(now, slot, None, out);
             return self.transactions.remove(slot);

@@ -11,6 +11,7 @@ use strowger_contract::{
     BackendId, CallRecord, ClassId, Endpoint, Pin, PoolId, SessionKey, Ticket, Transport,
 };
 
+use crate::calls::DialogKey;
 use crate::method::Method;
 
 /// How many legs one request may have in all: forks, fail-overs, redirections. With it, a request
@@ -163,6 +164,8 @@ pub(crate) struct Transaction {
     /// What the table knows its session by, and what it is placed by.
     pub(crate) session: SessionKey,
     pub(crate) call_id: u64,
+    /// Tells its dialog from others of the same Call-ID.
+    pub(crate) dialog: DialogKey,
     pub(crate) pool: Option<PoolId>,
     /// An initial INVITE, that makes a dialog of its session.
     pub(crate) creates_dialog: bool,

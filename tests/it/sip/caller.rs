@@ -13,6 +13,9 @@ const T2: Duration = Duration::from_secs(4);
 /// Timers B and F of a caller.
 const GIVES_UP: Duration = Duration::from_secs(32);
 
+/// Who has heard a provisional answer waits as long as a proxy's Timer C lets it ring.
+const RINGS: Duration = Duration::from_secs(200);
+
 /// What a call went through.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Record {
@@ -83,6 +86,8 @@ impl Callers {
     pub(crate) fn new(edge: SocketAddr, name: &str) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a free port");
         socket.connect(edge).expect("loopback");
+        // It stands for many telephones: what one of them would take must not be lost here.
+        socket2::SockRef::from(&socket).set_recv_buffer_size(8 << 20).expect("a socket option");
         Self {
             socket,
             name: name.to_owned(),
@@ -260,7 +265,8 @@ impl Callers {
             // No more repeats (RFC 3261 17.1.1.2).
             (Stage::Asked, ..200) => {
                 call.repeat.clear();
-                call.interval = GIVES_UP;
+                call.interval = RINGS;
+                call.gives_up = call.record.begun.unwrap_or(now) + RINGS;
             }
             (_, 200..300) => {
                 let dialog = dialog(text, &to);

@@ -120,6 +120,8 @@ fn a_call_to_a_user_whom_kamailio_registered() {
     let done = caller.receive_answer_to("BYE", LIMIT).expect("answered");
     assert_eq!(status(&done), 200, "{done}");
     edge.until("no call held", |edge| edge.instance("core", "k")["held"] == 0);
+    // It passed twice: to the registrar, and from there to the user. Each leg's record ended.
+    edge.until("no live call", |edge| edge.json("/api/v1/calls")["live"] == 0);
     assert_eq!(edge.metric("strowger_engine_panics_total", &[]), 0.0);
 }
 

@@ -215,6 +215,11 @@ impl Inner {
                     taken.connections += 1;
                     legacies.entry((listener, worker)).or_default().flows.push((*flow, fds));
                 }
+                ToNew::Outward { listener, worker, number, remote } => {
+                    let fd = fds.into_iter().next().ok_or("a datagram socket did not come")?;
+                    let legacy = legacies.entry((listener, worker)).or_default();
+                    legacy.outwards.push((number, remote, fd));
+                }
                 ToNew::Letter { listener, worker, letter } => {
                     legacies.entry((listener, worker)).or_default().letters.push(letter);
                 }

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::io;
 use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use strowger_contract::Outbox;
@@ -71,6 +71,16 @@ impl DatagramPort {
         socket.set_nonblocking(true)?;
         socket.connect(&to.into())?;
         Self::with_batch(socket.into(), 0, OUTWARD_BATCH)
+    }
+
+    /// One of another process, by [`DatagramPort::outward`].
+    pub(crate) fn inherited(fd: OwnedFd) -> io::Result<Self> {
+        Self::with_batch(fd.into(), 0, OUTWARD_BATCH)
+    }
+
+    /// For handing it over.
+    pub(crate) fn fd(&self) -> BorrowedFd<'_> {
+        self.descriptor()
     }
 
     fn with_batch(socket: StdUdpSocket, index: u16, count: usize) -> io::Result<Self> {

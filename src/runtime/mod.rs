@@ -43,5 +43,7 @@ mod worker;
 
 pub(crate) use fleet::Legacies;
 pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};
+#[doc(hidden)]
+pub use handover::is_item;
 pub use launch::{Launch, launcher};
 pub use resolve::{Answer, Reply, Resolver};

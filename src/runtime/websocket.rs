@@ -26,6 +26,9 @@ const REQUEST_BYTES_MAX: usize = 16 << 10;
 /// What is read into before frames are cut; each connection holds it.
 const READ_BUFFER_BYTES: usize = 4 << 10;
 
+/// What the headers of a message's frames may take beside its bytes: a thousand fragments.
+const FRAGMENTS_BYTES: usize = 14 << 10;
+
 /// Messages that one read may yield.
 const MESSAGES_MAX: usize = 4_096;
 
@@ -37,6 +40,51 @@ pub(crate) struct WebSocket {
 struct Inner {
     context: WebSocketContext,
     memory: Memory,
+    unfinished: Unfinished,
+}
+
+/// What came since the end of the last whole message, as it came: all that another process needs to
+/// go on with the connection. Without memory most of the time.
+#[derive(Default)]
+struct Unfinished {
+    bytes: Vec<u8>,
+    /// Whole frames of a message that has not ended stand before this.
+    looked_at: usize,
+    /// Over this it is no message any more, however many frames it is cut into.
+    limit: usize,
+}
+
+impl Unfinished {
+    /// Takes what was read; whether it is within the limit.
+    fn follow(&mut self, read: &[u8]) -> bool {
+        let mut whole = std::mem::take(&mut self.bytes);
+        whole.extend_from_slice(read);
+        let mut done = 0;
+        while let Some((length, header)) = frame_at(&whole[self.looked_at..]) {
+            let end = self.looked_at + length;
+            if matches!(header.opcode, OpCode::Control(_)) && self.looked_at > done {
+                // It was answered, and stands within a message: to be left out.
+                whole.drain(self.looked_at..end);
+                continue;
+            }
+            self.looked_at = end;
+            if header.is_final || matches!(header.opcode, OpCode::Control(_)) {
+                done = end;
+            }
+        }
+        self.looked_at -= done;
+        self.bytes = if done == whole.len() { Vec::new() } else { whole.split_off(done) };
+        self.bytes.len() <= self.limit
+    }
+}
+
+/// The whole frame at the front: its length, and its header.
+fn frame_at(bytes: &[u8]) -> Option<(usize, FrameHeader)> {
+    let mut cursor = io::Cursor::new(bytes);
+    let (header, payload) = FrameHeader::parse(&mut cursor).ok().flatten()?;
+    let end = cursor.position().checked_add(payload)?;
+    let end = usize::try_from(end).ok().filter(|&end| end <= bytes.len())?;
+    Some((end, header))
 }
 
 /// What tungstenite takes for its stream.
@@ -88,12 +136,29 @@ impl WebSocket {
             .max_message_size(Some(spec.message_bytes))
             .max_frame_size(Some(spec.message_bytes));
         let context = WebSocketContext::new(Role::Server, Some(config));
-        Self { inner: RefCell::new(Inner { context, memory: Memory::default() }) }
+        let limit = spec.message_bytes.saturating_add(FRAGMENTS_BYTES);
+        let unfinished = Unfinished { limit, ..Unfinished::default() };
+        Self { inner: RefCell::new(Inner { context, memory: Memory::default(), unfinished }) }
+    }
+
+    /// As it was in another process, which has read so much of a message.
+    pub(crate) fn resumed(spec: &WebSocketSpec, unfinished: &[u8]) -> Self {
+        let websocket = Self::new(spec);
+        // No message is whole in it, and what is wrong was found out there.
+        let _nothing = websocket.receive(unfinished, &mut Vec::new());
+        drop(websocket.take_output());
+        websocket
+    }
+
+    /// What was read of a message that is not whole, for another process.
+    pub(crate) fn unfinished(&self) -> Vec<u8> {
+        self.inner.borrow().unfinished.bytes.clone()
     }
 
     /// Takes what was read; whole messages are appended to `messages`.
     pub(crate) fn receive(&self, bytes: &[u8], messages: &mut Vec<Bytes>) -> Result<(), Ended> {
-        let Inner { context, memory } = &mut *self.inner.borrow_mut();
+        let Inner { context, memory, unfinished } = &mut *self.inner.borrow_mut();
+        let fits = unfinished.follow(bytes);
         memory.input.extend_from_slice(bytes);
         let result = loop {
             match context.read(memory) {
@@ -118,12 +183,13 @@ impl WebSocket {
         if memory.input.is_empty() {
             memory.input = Vec::new();
         }
-        result
+        // Empty fragments without end are within every limit of the reader's.
+        if fits { result } else { result.and(Err(Ended::Broken("ws_message_too_long"))) }
     }
 
     /// What is to be sent besides messages: pongs, the answer to a closing frame.
     pub(crate) fn take_output(&self) -> Vec<u8> {
-        let Inner { context, memory } = &mut *self.inner.borrow_mut();
+        let Inner { context, memory, .. } = &mut *self.inner.borrow_mut();
         // The memory takes all.
         let _written = context.flush(memory);
         std::mem::take(&mut memory.output)
@@ -336,6 +402,47 @@ mod tests {
         huge.extend_from_slice(&u64::MAX.to_be_bytes());
         huge.extend_from_slice(&[0; 4]);
         assert!(matches!(broken(&huge), Err(Ended::Broken(_))));
+    }
+
+    /// Wherever it is cut, another process goes on from there and all messages come once.
+    #[test]
+    fn another_process_goes_on_in_the_middle_of_a_message() {
+        let mut stream = frame(0x01, b"INVITE ");
+        stream.extend(frame(0x89, b"ping"));
+        stream.extend(frame(0x80, b"sip:bob"));
+        stream.extend(frame(0x8a, b"pong"));
+        stream.extend(frame(0x82, &[0xff; 300]));
+        let spec = WebSocketSpec { message_bytes: 1_000, ..WebSocketSpec::default() };
+        for step in [1, 3, stream.len()] {
+            for cut in 0..=stream.len() {
+                let old = WebSocket::new(&spec);
+                let mut messages = Vec::new();
+                for part in stream[..cut].chunks(step) {
+                    old.receive(part, &mut messages).expect("all is in order");
+                }
+                let mut output = old.take_output();
+                let unfinished = old.unfinished();
+                assert!(unfinished.len() <= 320, "only what is not whole");
+                let new = WebSocket::resumed(&spec, &unfinished);
+                new.receive(&stream[cut..], &mut messages).expect("all is in order");
+                output.extend(new.take_output());
+                assert_eq!(messages, [Bytes::from("INVITE sip:bob"), Bytes::from(vec![0xff; 300])]);
+                assert_eq!(output, [&[0x8a, 4][..], b"ping"].concat(), "answered once");
+            }
+        }
+    }
+
+    #[test]
+    fn empty_fragments_without_end_are_a_message_that_is_too_long() {
+        let socket = socket(1_000);
+        let mut result = socket.receive(&frame(0x01, b""), &mut Vec::new());
+        let mut count = 0;
+        while result.is_ok() && count < 100_000 {
+            result = socket.receive(&frame(0x00, b""), &mut Vec::new());
+            count += 1;
+        }
+        assert_eq!(result, Err(Ended::Broken("ws_message_too_long")));
+        assert!(count > 1_000, "{count}");
     }
 
     #[test]

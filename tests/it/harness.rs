@@ -123,6 +123,11 @@ impl Process {
         Command::new("kill").args([&format!("-{name}"), &pid]).status().expect("kill runs");
     }
 
+    /// Whether it has not ended yet.
+    pub(crate) fn is_alive(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_none()
+    }
+
     /// Waits for its end; its exit code.
     pub(crate) fn wait(&mut self, limit: Duration) -> Option<i32> {
         let end = Instant::now() + limit;

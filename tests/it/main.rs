@@ -32,4 +32,5 @@ mod tcp_peers;
 mod tls;
 mod udp;
 mod upgrade;
+mod upgrade_kinds;
 mod watch;

@@ -17,17 +17,17 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use crate::harness::{Process, alone, free_port, http};
 
 /// An edge that is upgraded again and again.
-struct Line {
-    folder: TempDir,
+pub(crate) struct Line {
+    pub(crate) folder: TempDir,
     admin: u16,
     /// The oldest first.
-    processes: Vec<Process>,
+    pub(crate) processes: Vec<Process>,
 }
 
-const LONG: Duration = Duration::from_secs(60);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 impl Line {
-    fn start(yaml: &str) -> Self {
+    pub(crate) fn start(yaml: &str) -> Self {
         let folder = TempDir::new().expect("a folder");
         let admin = free_port();
         let yaml = yaml.replace("ADMIN", &format!("127.0.0.1:{admin}"));
@@ -42,7 +42,7 @@ impl Line {
         self.folder.path().join("upgrade.sock")
     }
 
-    fn log(&self, number: usize) -> String {
+    pub(crate) fn log(&self, number: usize) -> String {
         let log = self.folder.path().join(format!("edge-{number}.log"));
         std::fs::read_to_string(log).unwrap_or_default()
     }
@@ -56,11 +56,11 @@ impl Line {
         Process::spawn(&mut command, &self.folder.path().join(log))
     }
 
-    fn get(&self, path: &str) -> Option<(u16, String)> {
+    pub(crate) fn get(&self, path: &str) -> Option<(u16, String)> {
         http(([127, 0, 0, 1], self.admin).into(), "GET", path, "").ok()
     }
 
-    fn until(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
+    pub(crate) fn until(&self, what: &str, mut holds: impl FnMut(&Self) -> bool) {
         let end = Instant::now() + LONG;
         while !holds(self) {
             let logs: Vec<_> = (0..=self.processes.len()).map(|number| self.log(number)).collect();
@@ -69,14 +69,14 @@ impl Line {
         }
     }
 
-    fn metric(&self, series: &str) -> f64 {
+    pub(crate) fn metric(&self, series: &str) -> f64 {
         let (_, text) = self.get("/metrics").unwrap_or_default();
         let lines = text.lines().filter(|line| line.starts_with(series));
         lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
     }
 
     /// Starts a new process and waits until it has taken over.
-    fn upgrade(&mut self) {
+    pub(crate) fn upgrade(&mut self) {
         let number = self.processes.len();
         let new = self.spawn(&["--upgrade-drain", "60s"]);
         self.processes.push(new);
@@ -86,7 +86,7 @@ impl Line {
     }
 
     /// The process before the newest ends by itself.
-    fn old_one_ends(&mut self) {
+    pub(crate) fn old_one_ends(&mut self) {
         let count = self.processes.len();
         assert_eq!(self.processes[count - 2].wait(LONG), Some(0), "{}", self.log(count - 2));
     }
@@ -109,7 +109,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 /// Echoes whatever comes, for as long as the test runs.
-fn echo(port: u16) {
+pub(crate) fn echo(port: u16) {
     let listener = TcpListener::bind(("127.0.0.1", port)).expect("a free port");
     listener.set_nonblocking(true).expect("a socket option");
     thread::spawn(move || {
@@ -167,7 +167,7 @@ async fn exchange(port: u16, number: u64, go_on: Arc<AtomicBool>, open: Arc<Atom
     sent
 }
 
-const HEAD: &str = "version: 1\nnode: { workers: 2, name: edge, realm: example.net }\nadmin: { listen: \"ADMIN\" }\n";
+pub(crate) const HEAD: &str = "version: 1\nnode: { workers: 2, name: edge, realm: example.net }\nadmin: { listen: \"ADMIN\" }\n";
 
 fn tcp_yaml(port: u16, backend: u16) -> String {
     format!(
@@ -226,7 +226,7 @@ fn raw_flows_go_over_with_every_byte() {
 }
 
 impl Line {
-    fn json_connections(&self, listener: &str) -> u64 {
+    pub(crate) fn json_connections(&self, listener: &str) -> u64 {
         let (_, body) = self.get("/api/v1/listeners").unwrap_or_default();
         let listeners: Vec<Value> = serde_json::from_str(&body).unwrap_or_default();
         let found = listeners.iter().find(|known| known["name"] == listener);

@@ -4,11 +4,12 @@ use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use strowger_contract::handover::{Broken, moment, read, write};
 use strowger_contract::network::source_name;
 use strowger_contract::{
     BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, Message, Note,
-    Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router, Ticket,
-    Verdict,
+    Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router, SessionKey,
+    Ticket, Verdict,
 };
 
 use crate::flows::{Client, Flow, Flows};
@@ -404,6 +405,52 @@ impl UdpEngine {
     }
 }
 
+/// A flow, for another process.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct SavedFlow {
+    number: u32,
+    client: Client,
+    session: SessionKey,
+    pool: PoolId,
+    class: ClassId,
+    #[serde(with = "moment")]
+    arrived: Instant,
+    #[serde(with = "moment")]
+    began: Instant,
+    #[serde(with = "moment")]
+    last: Instant,
+    backend: BackendId,
+    answered: Option<Duration>,
+    owed: u32,
+}
+
+impl SavedFlow {
+    fn of(number: u32, flow: &Flow, last: Instant) -> Option<Self> {
+        let Flow { client, session, pool, class, arrived, began, answered, owed, .. } = *flow;
+        let backend = flow.backend?;
+        Some(Self {
+            number,
+            client,
+            session,
+            pool,
+            class,
+            arrived,
+            began,
+            last,
+            backend,
+            answered,
+            owed,
+        })
+    }
+
+    fn flow(self) -> (u32, Flow, Instant) {
+        let mut flow = Flow::new(self.arrived, self.client, self.session, self.pool, self.class);
+        (flow.began, flow.backend) = (self.began, Some(self.backend));
+        (flow.answered, flow.owed) = (self.answered, self.owed);
+        (self.number, flow, self.last)
+    }
+}
+
 fn budget(router: &dyn Router, class: ClassId) -> Duration {
     router.class(class).deadline.unwrap_or(SETUP_FALLBACK)
 }
@@ -519,5 +566,36 @@ impl Engine for UdpEngine {
 
     fn in_progress(&self) -> usize {
         self.flows.len()
+    }
+
+    /// Flows that have a backend. Those that wait for one begin anew with their clients' next
+    /// datagram.
+    fn save(&self) -> Option<Vec<u8>> {
+        let all = self.flows.by_silence().into_iter();
+        let saved = all.filter_map(|(number, flow, last)| SavedFlow::of(number, flow, last));
+        Some(write(&saved.collect::<Vec<_>>()))
+    }
+
+    fn restore(
+        &mut self,
+        now: Instant,
+        saved: &[u8],
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) -> Result<(), Broken> {
+        let saved: Vec<SavedFlow> = read(saved)?;
+        let limit = self.flows_max;
+        let (kept, over): (Vec<_>, Vec<_>) =
+            saved.into_iter().partition(|flow| (flow.number as usize) < limit);
+        for flow in over {
+            // The configuration has become smaller.
+            out.note(Note::Count("flow_evicted"));
+            out.close(Endpoint::Outward(flow.number), Closing::Flushed);
+        }
+        let taken = self.flows.restore(kept.into_iter().map(SavedFlow::flow).collect());
+        for backend in taken {
+            router.resume(now, backend);
+        }
+        Ok(())
     }
 }

@@ -42,6 +42,36 @@ pub(crate) struct Flow {
     next: u32,
 }
 
+impl Flow {
+    /// A flow that nothing was done for.
+    pub(crate) fn new(
+        now: Instant,
+        client: Client,
+        session: SessionKey,
+        pool: PoolId,
+        class: ClassId,
+    ) -> Self {
+        Self {
+            client,
+            session,
+            pool,
+            class,
+            arrived: now,
+            began: now,
+            backend: None,
+            ticket: None,
+            tried: Vec::new(),
+            answered: None,
+            owed: 0,
+            kept: Vec::new(),
+            birth: 0,
+            last: now,
+            previous: NONE,
+            next: NONE,
+        }
+    }
+}
+
 /// Flows in the order of their last datagram, the one that was silent longest first.
 #[derive(Clone, Copy, Debug)]
 struct Order {
@@ -89,28 +119,42 @@ impl Flows {
         class: ClassId,
     ) -> u32 {
         self.births += 1;
-        let flow = Flow {
-            client,
-            session,
-            pool,
-            class,
-            arrived: now,
-            began: now,
-            backend: None,
-            ticket: None,
-            tried: Vec::new(),
-            answered: None,
-            owed: 0,
-            kept: Vec::new(),
-            birth: self.births,
-            last: now,
-            previous: NONE,
-            next: NONE,
-        };
+        let mut flow = Flow::new(now, client, session, pool, class);
+        flow.birth = self.births;
         let number = self.slab.insert(flow) as u32;
         self.clients.insert(client, number);
         self.append(number);
         number
+    }
+
+    /// All flows, with their numbers, the one that was silent longest first.
+    pub(crate) fn by_silence(&self) -> Vec<(u32, &Flow, Instant)> {
+        let mut all: Vec<_> =
+            self.slab.iter().map(|(number, flow)| (number as u32, flow, flow.last)).collect();
+        all.sort_by_key(|&(number, _, last)| (last, number));
+        all
+    }
+
+    /// Enters flows under the numbers that they have in another process, in the order of
+    /// [`Flows::by_silence`]; the backends that they have. Numbers that are there twice, or clients,
+    /// count once.
+    pub(crate) fn restore(&mut self, flows: Vec<(u32, Flow, Instant)>) -> Vec<BackendId> {
+        let mut order = Vec::with_capacity(flows.len());
+        let mut entered: HashMap<usize, Flow> = HashMap::with_capacity(flows.len());
+        for (number, mut flow, last) in flows {
+            if entered.contains_key(&(number as usize)) || self.clients.contains_key(&flow.client) {
+                continue;
+            }
+            self.births += 1;
+            (flow.birth, flow.last) = (self.births, last);
+            self.clients.insert(flow.client, number);
+            order.push(number);
+            entered.insert(number as usize, flow);
+        }
+        let backends = entered.values().filter_map(|flow| flow.backend).collect();
+        self.slab = entered.into_iter().collect();
+        order.into_iter().for_each(|number| self.append(number));
+        backends
     }
 
     pub(crate) fn remove(&mut self, number: u32) -> Option<Flow> {
@@ -186,6 +230,47 @@ impl Flows {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_process_has_the_same_flows_in_the_same_order() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let key = SessionKey { stable: 1, keyed: 2 };
+        let mut flows = Flows::default();
+        for port in 0..5 {
+            let client = (0, SocketAddr::from(([192, 0, 2, 1], port)));
+            flows.insert(start, client, key, PoolId(0), ClassId::SETUP);
+        }
+        flows.touch(start + second * 2, 1);
+        flows.answered(start + second, 3, second);
+        flows.remove(2);
+        let saved = flows.by_silence().into_iter().map(|(number, flow, last)| {
+            let mut copy = Flow::new(start, flow.client, key, flow.pool, flow.class);
+            copy.answered = flow.answered;
+            (number, copy, last)
+        });
+        let twice: Vec<_> = {
+            let saved: Vec<_> = saved.collect();
+            let again = Flow::new(start, saved[0].1.client, key, PoolId(0), ClassId::SETUP);
+            saved.into_iter().chain([(77, again, start)]).collect()
+        };
+        let mut restored = Flows::default();
+        restored.restore(twice);
+        assert_eq!(
+            (restored.len(), restored.of(&(0, SocketAddr::from(([192, 0, 2, 1], 3))))),
+            (4, Some(3))
+        );
+        loop {
+            let (one, other) = (flows.weakest(), restored.weakest());
+            assert_eq!(one, other);
+            assert_eq!(flows.next_expiry(second), restored.next_expiry(second));
+            let Some(number) = one else { break };
+            assert!(flows.remove(number).is_some() && restored.remove(number).is_some());
+        }
+        // Numbers that are free are given anew.
+        let client = (0, SocketAddr::from(([192, 0, 2, 9], 9)));
+        restored.insert(start, client, key, PoolId(0), ClassId::SETUP);
+        assert_eq!(restored.len(), 1);
+    }
 
     #[test]
     fn the_silent_go_first_and_the_answered_last() {

@@ -71,6 +71,8 @@ pub(crate) enum ToNew {
     },
     /// A client's connection.
     Flow { listener: String, worker: u8, flow: Box<SavedFlow> },
+    /// A datagram socket of the engine's own, by the engine's number for it.
+    Outward { listener: String, worker: u8, number: u32, remote: SocketAddr },
     /// Something that waited in a worker's mailbox.
     Letter { listener: String, worker: u8, letter: SavedLetter },
     /// A connection that was being opened, and what waits for it.
@@ -116,8 +118,8 @@ pub(crate) struct SavedFlow {
 /// How far it has come.
 #[derive(Serialize, Deserialize)]
 pub(crate) enum SavedStage {
-    /// Nobody has heard of it yet.
-    Fresh { facts: PeerFacts, early: Vec<u8> },
+    /// Nobody has heard of it yet. Where its messages come in frames, the handshake is done.
+    Fresh { facts: PeerFacts, early: Vec<u8>, in_frames: bool },
     /// It is cut into messages.
     Cut(SavedCut),
     /// It is joined to a backend, whose descriptor is the second.
@@ -131,6 +133,8 @@ pub(crate) struct SavedCut {
     pub(crate) endpoint: Endpoint,
     /// Read, and not yet a whole message.
     pub(crate) partial: Vec<u8>,
+    /// Its messages come in frames: read, and not yet a whole message of them.
+    pub(crate) unfinished_frames: Option<Vec<u8>>,
     /// Written, and not yet taken by the kernel.
     pub(crate) waiting: Vec<u8>,
     pub(crate) closing: Option<(Closing, CloseCause)>,

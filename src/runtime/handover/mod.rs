@@ -21,6 +21,7 @@ mod items;
 
 use std::collections::HashSet;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -65,6 +66,15 @@ pub(crate) fn take<T: serde::de::DeserializeOwned>(
     let item = by_clock(clock(), || handover::read(&bytes));
     let item = item.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     Ok((item, fds))
+}
+
+/// Reads an item of a hand-over, whichever side it is of; for fuzzing. Whether it was one.
+#[must_use]
+pub fn is_item(bytes: &[u8]) -> bool {
+    let _greeting = check_hello(bytes);
+    by_clock(clock(), || {
+        handover::read::<ToNew>(bytes).is_ok() | handover::read::<ToOld>(bytes).is_ok()
+    })
 }
 
 /// What the old process's workers do with what was handed over.
@@ -212,6 +222,17 @@ impl Giver {
         self.give(&ToNew::Flow { listener, worker, flow: Box::new(flow) }, fds)
     }
 
+    /// A datagram socket of the engine's own.
+    pub(crate) fn outward(
+        &self,
+        number: u32,
+        remote: SocketAddr,
+        fd: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        let (listener, worker) = (self.listener.to_string(), self.worker);
+        self.give(&ToNew::Outward { listener, worker, number, remote }, &[fd])
+    }
+
     /// Something out of a mailbox.
     pub(crate) fn letter(&self, letter: SavedLetter) -> io::Result<()> {
         let (listener, worker) = (self.listener.to_string(), self.worker);
@@ -237,6 +258,8 @@ pub(crate) struct Legacy {
     pub(crate) unix_clients: u64,
     pub(crate) generations: Vec<u32>,
     pub(crate) flows: Vec<(SavedFlow, Vec<OwnedFd>)>,
+    /// Datagram sockets of the engine's own, by its numbers, and whom they speak to.
+    pub(crate) outwards: Vec<(u32, SocketAddr, OwnedFd)>,
     pub(crate) letters: Vec<SavedLetter>,
     pub(crate) dials: Vec<(Endpoint, Vec<u8>)>,
 }

@@ -6,6 +6,9 @@ use strowger_contract::{FlowId, WorkerId};
 
 use crate::runtime::stream::Connection;
 
+/// The part of a slot's uses that a flow's number tells.
+const GENERATION: u32 = 0x00ff_ffff;
+
 /// The flows of one worker, by slot.
 #[derive(Default)]
 pub(super) struct Flows {
@@ -28,13 +31,15 @@ impl Flows {
         self.slots[flow.slot() as usize].1 = Some(connection);
     }
 
-    /// Enters a flow under the number that it has in another process.
-    pub(super) fn put(&mut self, flow: FlowId, connection: Rc<Connection>) {
-        let slot = flow.slot() as usize;
-        if self.slots.len() <= slot {
-            self.slots.resize_with(slot + 1, || (0, None));
+    /// Enters a flow under the number that it has in another process; whether there is such a number
+    /// and nobody has it.
+    pub(super) fn put(&mut self, flow: FlowId, connection: Rc<Connection>) -> bool {
+        let Some(slot) = self.slots.get_mut(flow.slot() as usize) else { return false };
+        if slot.1.is_some() {
+            return false;
         }
-        self.slots[slot] = (flow.generation(), Some(connection));
+        *slot = (slot.0 & !GENERATION | flow.generation(), Some(connection));
+        true
     }
 
     /// How often each slot was used.
@@ -56,7 +61,7 @@ impl Flows {
 
     pub(super) fn get(&self, flow: FlowId) -> Option<&Rc<Connection>> {
         let (generation, connection) = self.slots.get(flow.slot() as usize)?;
-        (generation & 0x00ff_ffff == flow.generation()).then_some(connection.as_ref()).flatten()
+        (generation & GENERATION == flow.generation()).then_some(connection.as_ref()).flatten()
     }
 
     pub(super) fn remove(&mut self, flow: FlowId) -> bool {

@@ -11,11 +11,12 @@ use std::time::Instant;
 
 use strowger_contract::handover::by_clock;
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Endpoint, Engine, FlowId, Links, PeerFacts, Protocol,
+    BackendId, Endpoint, Engine, FlowId, Links, PeerFacts, Protocol, Transport,
 };
 use tokio::net::{TcpStream, UnixStream};
 
 use super::{Begun, Dial, Host, Next, State};
+use crate::runtime::datagram::DatagramPort;
 use crate::runtime::handover::{
     Giver, Legacy, SavedCut, SavedFlow, SavedLetter, SavedStage, clock,
 };
@@ -24,6 +25,7 @@ use crate::runtime::mailbox::{Letters, Mail};
 use crate::runtime::socket::Stream;
 use crate::runtime::splice::{Relay, bridge};
 use crate::runtime::stream::{Connection, Fate};
+use crate::runtime::websocket::WebSocket;
 
 /// A connection that came from another process, and what its task is to do with it.
 pub(crate) enum Inherited<P: Protocol> {
@@ -50,9 +52,12 @@ impl<P: Protocol> Host<P> {
         for connection in state.flows.all().chain(state.links.connections()) {
             if P::LINKS == Links::None {
                 save_raw(connection, giver)?;
-            } else if !connection.has_left() && connection.websocket.get().is_none() {
+            } else if !connection.has_left() {
                 save_cut(connection, giver, &mut bridges)?;
             }
+        }
+        for (number, remote, port) in state.outwards.all() {
+            giver.outward(number, remote, port.fd())?;
         }
         for (backend, waiting) in state.links.waiting() {
             giver.dial(Endpoint::Backend(backend), waiting)?;
@@ -81,15 +86,11 @@ impl<P: Protocol> Host<P> {
         // A raw engine goes on with the flows that stay: those over TLS.
         state.muted = P::LINKS != Links::None;
         self.shared.in_progress[usize::from(self.worker.0)].store(0, Ordering::Relaxed);
+        state.outwards.clear();
         for (connection, stream) in bridges {
             connection.leave_to(Fate::Bridge(stream));
         }
         for connection in state.flows.all().chain(state.links.connections()) {
-            if connection.websocket.get().is_some() {
-                // Half a frame cannot be moved; browsers connect again.
-                connection.close(Closing::Flushed, CloseCause::Shutdown);
-                continue;
-            }
             let plain = connection.stream.plain_fd().is_some();
             let goes = if P::LINKS == Links::None { goes_raw(connection) } else { plain };
             if goes && !connection.has_left() {
@@ -105,19 +106,16 @@ impl<P: Protocol> Host<P> {
 
     /// A connection that was still on its way in when another process took the listener over: it is
     /// sent after. Gives it back if it is to stay here.
-    pub(crate) async fn send_after(self: &Rc<Self>, taken: TakenIn) -> Option<TakenIn> {
+    pub(crate) async fn send_after(
+        self: &Rc<Self>,
+        taken: TakenIn,
+        transport: Transport,
+    ) -> Option<TakenIn> {
         let Some(giver) = self.late.borrow().clone() else { return Some(taken) };
-        if taken.websocket.is_some() {
-            return None;
-        }
-        let TakenIn { stream, remote, local, facts, early, .. } = taken;
-        let transport = match &stream {
-            Stream::Tcp(_) => strowger_contract::Transport::Tcp,
-            Stream::Unix(_) => strowger_contract::Transport::Unix,
-            Stream::Tls(_) => strowger_contract::Transport::Tls,
-        };
+        let TakenIn { stream, remote, local, facts, early, websocket } = taken;
         let unix = !matches!(stream, Stream::Tcp(_));
-        let stage = SavedStage::Fresh { facts: facts.clone(), early: early.clone() };
+        let in_frames = websocket.is_some();
+        let stage = SavedStage::Fresh { facts: facts.clone(), early: early.clone(), in_frames };
         let flow = SavedFlow { remote, local, transport, unix, stage };
         if let Some(fd) = stream.plain_fd() {
             if giver.flow(flow, &[fd]).is_err() {
@@ -144,7 +142,7 @@ impl<P: Protocol> Host<P> {
     /// # Errors
     /// It cannot be read, or descriptors are missing.
     pub(crate) fn inherit(self: &Rc<Self>, legacy: Legacy) -> Result<Vec<Inherited<P>>, String> {
-        let Legacy { engine, unix_clients, generations, flows, letters, dials } = legacy;
+        let Legacy { engine, unix_clients, generations, flows, outwards, letters, dials } = legacy;
         self.state().flows.number(&generations);
         self.shared.unix_clients.fetch_max(unix_clients, Ordering::Relaxed);
         let mut inherited = Vec::with_capacity(flows.len());
@@ -153,6 +151,10 @@ impl<P: Protocol> Host<P> {
             inherited.push(one);
         }
         self.state().flows.settle();
+        for (number, remote, fd) in outwards {
+            let port = DatagramPort::inherited(fd).map_err(|error| format!("a flow: {error}"))?;
+            self.enter_outward(&mut self.cell.borrow_mut(), number, Rc::new(port), remote);
+        }
         if let Some(saved) = engine {
             let now = Instant::now();
             let mut state = self.cell.borrow_mut();
@@ -192,20 +194,33 @@ impl<P: Protocol> Host<P> {
         let mut fds = fds.into_iter();
         let stream = stream_of(fds.next(), unix)?;
         match stage {
-            SavedStage::Fresh { facts, early } => {
-                let taken = TakenIn { stream, remote, local, facts, early, websocket: None };
+            SavedStage::Fresh { facts, early, in_frames } => {
+                let websocket = in_frames.then(|| self.frames_of(&[]));
+                let taken = TakenIn { stream, remote, local, facts, early, websocket };
                 Ok(Inherited::Fresh(Box::new(taken)))
             }
             SavedStage::Cut(cut) => {
                 let connection = Connection::new(stream, cut.endpoint, remote, local, transport);
-                let SavedCut { endpoint, partial, waiting, closing, began, last_read } = cut;
+                let SavedCut {
+                    endpoint,
+                    partial,
+                    unfinished_frames,
+                    waiting,
+                    closing,
+                    began,
+                    last_read,
+                } = cut;
+                if let Some(unfinished) = unfinished_frames {
+                    // It is new: there is none.
+                    let _none = connection.websocket.set(self.frames_of(&unfinished));
+                }
                 connection.restore(waiting, closing);
                 connection.partial.replace(partial);
                 connection.began.set(began);
                 connection.last_read.set(last_read);
                 match endpoint {
                     Endpoint::Client(flow) => {
-                        Ok(Inherited::Begun(self.begun(flow, connection, Next::Cut(Vec::new()))))
+                        self.begun(flow, connection, Next::Cut(Vec::new())).map(Inherited::Begun)
                     }
                     Endpoint::Backend(backend) => {
                         // It was used already.
@@ -221,23 +236,35 @@ impl<P: Protocol> Host<P> {
                 let connection = Connection::new(stream, endpoint, remote, local, transport);
                 let backend = stream_of(fds.next(), relay.unix)?;
                 let relay = Relay::restored(self, &connection, backend, relay);
-                Ok(Inherited::Begun(self.begun(flow, connection, Next::Relay(relay))))
+                self.begun(flow, connection, Next::Relay(relay)).map(Inherited::Begun)
             }
         }
     }
 
-    fn begun(&self, flow: FlowId, connection: Rc<Connection>, next: Next<P>) -> Begun<P> {
+    /// The frames of a connection that another process had.
+    fn frames_of(&self, unfinished: &[u8]) -> Box<WebSocket> {
+        Box::new(WebSocket::resumed(&self.state().spec.websocket, unfinished))
+    }
+
+    fn begun(
+        &self,
+        flow: FlowId,
+        connection: Rc<Connection>,
+        next: Next<P>,
+    ) -> io::Result<Begun<P>> {
         let limit = self.state().spec.limits.per_source;
         // It is there already, whatever the limit is now.
         let limit = if limit == 0 { 0 } else { u32::MAX };
         let place = self.shared.source_place(connection.remote.ip(), limit);
         let place = place.unwrap_or_else(|| self.shared.no_place(connection.remote.ip()));
         let mut state: RefMut<'_, State<P>> = self.state();
-        state.flows.put(flow, Rc::clone(&connection));
+        if !state.flows.put(flow, Rc::clone(&connection)) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "its number makes no sense"));
+        }
         let key = (connection.transport, connection.remote);
         state.remotes.insert(key, Rc::clone(&connection));
         state.metrics.connection_opened();
-        Begun { flow, connection, next, _place: place }
+        Ok(Begun { flow, connection, next, _place: place })
     }
 }
 
@@ -293,7 +320,8 @@ fn save_raw(connection: &Rc<Connection>, giver: &Giver) -> io::Result<()> {
     match (&more.fresh, connection.stream.plain_fd()) {
         (Some(fresh), Some(fd)) if !connection.is_closing() => {
             let (facts, early): (PeerFacts, Vec<u8>) = (**fresh).clone();
-            giver.flow(saved_flow(connection, SavedStage::Fresh { facts, early }), &[fd])
+            let stage = SavedStage::Fresh { facts, early, in_frames: false };
+            giver.flow(saved_flow(connection, stage), &[fd])
         }
         _ => Ok(()),
     }
@@ -304,6 +332,7 @@ fn save_cut(connection: &Rc<Connection>, giver: &Giver, bridges: &mut Bridges) -
     let stage = SavedStage::Cut(SavedCut {
         endpoint: connection.endpoint,
         partial: connection.partial.borrow().clone(),
+        unfinished_frames: connection.websocket.get().map(|frames| frames.unfinished()),
         waiting,
         closing,
         began: connection.began.get(),

@@ -313,7 +313,7 @@ impl<P: Protocol> Host<P> {
         taken: TakenIn,
         transport: Transport,
     ) -> Option<Begun<P>> {
-        let taken = if self.has_left() { self.send_after(taken).await? } else { taken };
+        let taken = if self.has_left() { self.send_after(taken, transport).await? } else { taken };
         let TakenIn { stream, remote, local, facts, early, websocket } = taken;
         let limit = self.state().spec.limits.per_source;
         let Some(place) = self.shared.source_place(remote.ip(), limit) else {

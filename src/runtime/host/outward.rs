@@ -11,7 +11,7 @@ use std::time::Instant;
 use strowger_contract::{CloseCause, Endpoint, Frame, Outbox, PeerChange, Protocol, Transport};
 use tokio::task::AbortHandle;
 
-use super::{Batch, Host};
+use super::{Batch, Host, State};
 use crate::observe::Direction;
 use crate::runtime::datagram::{BATCH, DatagramPort};
 use crate::runtime::sys::RecvBatch;
@@ -51,6 +51,11 @@ impl Outwards {
         self.open.remove(&number);
     }
 
+    /// All, by the engine's numbers, with whom they speak to.
+    pub(super) fn all(&self) -> impl Iterator<Item = (u32, SocketAddr, &DatagramPort)> {
+        self.open.iter().map(|(number, open)| (*number, open.remote, &*open.port))
+    }
+
     /// Closes all.
     pub(super) fn clear(&mut self) {
         self.open.clear();
@@ -78,28 +83,7 @@ impl<P: Protocol> Batch<'_, P> {
                 return self.state.news.push_back(news);
             }
         };
-        let outwards = &mut self.state.outwards;
-        let received =
-            outwards.received.get_or_insert_with(|| Rc::new(RecvBatch::new(BATCH).into()));
-        let closed = Rc::new(Cell::new(false));
-        let receiving = receive(
-            Rc::clone(self.host),
-            Rc::clone(&port),
-            Rc::clone(received),
-            number,
-            Rc::clone(&closed),
-        );
-        let (host, stop) = (Rc::clone(self.host), self.host.stop.clone());
-        let task = tokio::task::spawn_local(async move {
-            let _alarm = host.alarm();
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = receiving => {}
-            }
-        });
-        let task = task.abort_handle();
-        let open = Outward { port, remote: to, closed, task };
-        outwards.open.insert(number, open);
+        self.host.enter_outward(self.state, number, port, to);
     }
 
     pub(super) fn send_outward(&mut self, number: u32, frame: &Frame, out: &Outbox) {
@@ -112,6 +96,39 @@ impl<P: Protocol> Batch<'_, P> {
         if port.want(remote, frame.bytes.clone()) {
             self.state.outwards.dirty.push(port);
         }
+    }
+}
+
+impl<P: Protocol> Host<P> {
+    /// Receives through a socket of the engine's own from now on.
+    pub(super) fn enter_outward(
+        self: &Rc<Self>,
+        state: &mut State<P>,
+        number: u32,
+        port: Rc<DatagramPort>,
+        remote: SocketAddr,
+    ) {
+        let outwards = &mut state.outwards;
+        let received =
+            outwards.received.get_or_insert_with(|| Rc::new(RecvBatch::new(BATCH).into()));
+        let closed = Rc::new(Cell::new(false));
+        let receiving = receive(
+            Rc::clone(self),
+            Rc::clone(&port),
+            Rc::clone(received),
+            number,
+            Rc::clone(&closed),
+        );
+        let (host, stop) = (Rc::clone(self), self.stop.clone());
+        let task = tokio::task::spawn_local(async move {
+            let _alarm = host.alarm();
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = receiving => {}
+            }
+        });
+        let task = task.abort_handle();
+        outwards.open.insert(number, Outward { port, remote, closed, task });
     }
 }
 

@@ -38,7 +38,12 @@ impl Secure {
     }
 
     pub(crate) fn send(&mut self, text: &str) {
-        self.stream.write_all(text.as_bytes()).expect("sent");
+        self.send_bytes(text.as_bytes());
+    }
+
+    /// Sends what need not be text.
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("sent");
         self.stream.flush().expect("sent");
     }
 

@@ -672,6 +672,7 @@ impl Inner {
         self.registry.set_lease(loaded.registry.lease);
         self.names.configure(&loaded.dns);
         self.core.set_brownout(loaded.brownout);
+        fleet.set_rx_usecs(loaded.node.rx_usecs);
         let merging = self.merging.lock().unwrap_or_else(PoisonError::into_inner);
         let mut spec = loaded.spec.clone();
         self.registry.merge(&mut spec, self.core.pool_names());

@@ -56,6 +56,7 @@ pub struct Metrics {
     /// The worst since it was last asked for, in microseconds.
     worst_lag: Arc<AtomicU64>,
     bites: Arc<Bites>,
+    pauses: IntCounterVec,
     panics: IntCounterVec,
     events: IntCounterVec,
     registrations: IntCounterVec,
@@ -310,6 +311,12 @@ impl Metrics {
                 "Workers that panicked and were restarted",
                 &["worker"],
             ),
+            pauses: counter(
+                &registry,
+                "strowger_worker_pauses_total",
+                "Pauses in which datagrams gather (node.rx_usecs)",
+                &["worker"],
+            ),
             registrations: counter(
                 &registry,
                 "strowger_registrations_total",
@@ -427,6 +434,7 @@ impl Metrics {
             lag: self.lag.with_label_values(&[&label]),
             worst_lag: Arc::clone(&self.worst_lag),
             panics: self.panics.with_label_values(&[&label]),
+            pauses: self.pauses.with_label_values(&[&label]),
         }
     }
 
@@ -894,6 +902,7 @@ pub struct WorkerMetrics {
     lag: Histogram,
     worst_lag: Arc<AtomicU64>,
     panics: IntCounter,
+    pauses: IntCounter,
 }
 
 impl WorkerMetrics {
@@ -902,6 +911,11 @@ impl WorkerMetrics {
         self.lag.observe(lag.as_secs_f64());
         let us = u64::try_from(lag.as_micros()).unwrap_or(u64::MAX);
         self.worst_lag.fetch_max(us, Ordering::Relaxed);
+    }
+
+    /// The worker lets datagrams gather.
+    pub fn paused(&self) {
+        self.pauses.inc();
     }
 
     /// The worker panicked.

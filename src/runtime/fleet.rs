@@ -26,6 +26,7 @@ use crate::routing::{Core, ListenerSpec};
 /// All workers.
 pub struct Fleet {
     workers: Vec<Worker>,
+    pause_us: Arc<AtomicU32>,
     listeners: HashMap<String, Listener>,
     launchers: HashMap<&'static str, Arc<dyn Launch>>,
     core: Arc<Core>,
@@ -113,13 +114,15 @@ impl Fleet {
         seed: u64,
         started: u32,
     ) -> io::Result<Self> {
+        let pause_us = Arc::default();
         let workers = (0..count)
-            .map(|index| Worker::new(WorkerId(index), &metrics, &events))
+            .map(|index| Worker::new(WorkerId(index), &metrics, &events, &pause_us))
             .collect::<io::Result<Vec<_>>>()?;
         let launchers =
             launchers.into_iter().map(|launch| (launch.name(), Arc::from(launch))).collect();
         Ok(Self {
             workers,
+            pause_us,
             listeners: HashMap::new(),
             launchers,
             core,
@@ -315,6 +318,11 @@ impl Fleet {
     /// When this process began to count starts ([`Fleet::new`]).
     pub(crate) fn started(&self) -> u32 {
         self.started
+    }
+
+    /// For how long workers let datagrams gather where many come (`node.rx_usecs`); 0: not at all.
+    pub fn set_rx_usecs(&self, micros: u32) {
+        self.pause_us.store(micros, Ordering::Relaxed);
     }
 
     /// Starts, reconfigures and closes listeners as prepared.

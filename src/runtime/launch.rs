@@ -365,7 +365,9 @@ async fn receive<P: Protocol>(host: Rc<Host<P>>, port: Rc<DatagramPort>) {
         // the kernel for each wake.
         let mut is_drained = false;
         for _ in 0..BATCHES_PER_TURN {
-            host.batch(Instant::now(), |engine| {
+            let now = Instant::now();
+            super::gather::came(now, count);
+            host.batch(now, |engine| {
                 for index in 0..count {
                     if let Some((remote, bytes)) = batch.datagram(index) {
                         engine.datagram(&port, remote, bytes);

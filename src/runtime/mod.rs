@@ -24,6 +24,7 @@
 mod bind;
 mod datagram;
 mod fleet;
+mod gather;
 pub(crate) mod handover;
 mod hello;
 mod host;

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -67,14 +68,16 @@ struct Inside {
     starts: Arc<Mutex<Vec<Arc<Start>>>>,
     metrics: WorkerMetrics,
     events: Arc<Events>,
+    pause_us: Arc<AtomicU32>,
 }
 
 impl Worker {
-    /// Starts the thread.
+    /// Starts the thread; `pause_us`: see [`super::gather`].
     pub(crate) fn new(
         id: WorkerId,
         metrics: &Metrics,
         events: &Arc<Events>,
+        pause_us: &Arc<AtomicU32>,
     ) -> std::io::Result<Self> {
         #[expect(clippy::disallowed_methods, reason = "orders: the fleet sends one and awaits it")]
         let (orders, mut received) = unbounded_channel();
@@ -84,6 +87,7 @@ impl Worker {
             starts: Arc::clone(&starts),
             metrics: metrics.worker(id),
             events: Arc::clone(events),
+            pause_us: Arc::clone(pause_us),
         };
         let thread =
             std::thread::Builder::new().name(format!("worker-{}", id.0)).spawn(move || {
@@ -177,7 +181,12 @@ impl Worker {
 
 impl Inside {
     fn live(&self, orders: &mut UnboundedReceiver<Order>) {
-        let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        super::gather::start(&self.pause_us, &self.metrics);
+        let runtime = match tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .on_thread_park(super::gather::pause)
+            .build()
+        {
             Ok(runtime) => runtime,
             Err(error) => {
                 let detail = format!("worker {} cannot start: {error}", self.id.0);

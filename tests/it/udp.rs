@@ -260,3 +260,35 @@ fn a_drain_waits_for_flows_and_no_longer() {
     edge.until("the drain to end", |edge| edge.log().contains("drain_ended"));
     assert_eq!(ask(on_a[0], b"w"), b"bw", "the instance is gone");
 }
+
+/// `node.rx_usecs`: many datagrams are taken together, few are not made to wait, and a reload turns it off.
+#[test]
+fn where_many_datagrams_come_they_are_let_gather() {
+    let (port, server) = (free_port(), free_port());
+    let _count = answerer(server, "a");
+    let pool = format!("    backends: [{{ id: a, address: udp://127.0.0.1:{server} }}]\n");
+    let text = yaml(port, "idle_timeout: 60s", &pool);
+    let edge = Edge::start(&text);
+    let pauses = |edge: &Edge| edge.metric("strowger_worker_pauses_total", &[]);
+    let socket = client(port);
+    for _ in 0..20 {
+        assert_eq!(ask(&socket, b"one"), b"aone");
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(pauses(&edge), 0.0, "what comes alone is not waited for");
+    // 10,000 a second and more, in small bursts, so that the workers sleep in between.
+    let burst = |edge: &Edge| {
+        for index in 0..2_000 {
+            socket.send(b"quiet").expect("sent");
+            if index % 5 == 0 {
+                thread::sleep(Duration::from_micros(200));
+            }
+        }
+        pauses(edge)
+    };
+    edge.until("datagrams to be let gather", |edge| burst(edge) > 0.0);
+    assert_eq!(edge.put_config(&text.replace("workers: 2", "workers: 2, rx_usecs: 0")).0, 200);
+    let before = burst(&edge);
+    assert_eq!(burst(&edge), before, "turned off");
+    assert_eq!(ask(&socket, b"one"), b"aone");
+}

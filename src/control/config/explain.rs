@@ -79,6 +79,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
                 ("token_key_file", optional(node.token_key_file.as_ref())),
                 ("sessions_max", number(node.sessions_max)),
                 ("bindings_max", number(node.bindings_max)),
+                ("rx_usecs", number(node.rx_usecs)),
             ]),
         ),
         (

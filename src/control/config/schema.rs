@@ -65,7 +65,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "additionalProperties": false,
         "properties": {
             "version": { "const": 1 },
-            "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30), "bindings_max": number(1_024, 1 << 28) })),
+            "node": map(json!({ "name": { "type": "string" }, "workers": workers, "realm": { "type": "string" }, "token_key_file": { "type": ["string", "null"] }, "sessions_max": number(1_024, 1 << 30), "bindings_max": number(1_024, 1 << 28), "rx_usecs": number(0, super::node::RX_USECS_MAX) })),
             "admin": map(json!({ "listen": { "type": "string" }, "token_file": { "type": ["string", "null"] }, "permissions_file": { "type": ["string", "null"] }, "tls": server_tls(&duration) })),
             "registry": map(json!({ "state_file": { "type": ["string", "null"] }, "lease": duration })),
             "brownout": map(json!({ "enabled": { "type": "boolean" }, "loop_lag": duration, "memory": number(1, 100), "descriptors": number(1, 100), "hysteresis": duration })),

@@ -315,6 +315,10 @@ impl Router for CoreRouter {
         self.tokens.seal(pin, mark, binding)
     }
 
+    fn token_keys(&self) -> &TokenKeys {
+        &self.tokens
+    }
+
     fn unseal(&self, text: &[u8], binding: u64) -> Option<(Pin, u8)> {
         self.tokens.unseal(text, binding)
     }

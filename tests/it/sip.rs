@@ -225,6 +225,16 @@ fn call_with_pause(millis: u32) -> String {
 /// by the token alone.
 #[test]
 fn dialogs_survive_a_restart_of_the_edge() {
+    restart_in_the_middle("");
+}
+
+/// What is hidden from one side is carried by it, not remembered.
+#[test]
+fn hidden_dialogs_survive_a_restart_of_the_edge() {
+    restart_in_the_middle(", topology_hiding: { from: both }");
+}
+
+fn restart_in_the_middle(options: &str) {
     if !has("sipp") {
         return;
     }
@@ -234,6 +244,8 @@ fn dialogs_survive_a_restart_of_the_edge() {
     fs::write(keys.path(), "00112233445566778899aabbccddeeff\n").expect("written");
     let more = format!(", token_key_file: {}", keys.path().display());
     let yaml = config(port, &[("a", "udp", one), ("b", "udp", two)], &more);
+    let yaml =
+        yaml.replace("failover_timeout: 600ms", &format!("failover_timeout: 600ms{options}"));
     let mut edge = Edge::start(&yaml);
     let work = tempfile::TempDir::new().expect("a folder");
     let folder = work.path();

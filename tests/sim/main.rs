@@ -18,6 +18,7 @@ mod rig;
 mod sip;
 mod sip_bench;
 mod sip_cases;
+mod sip_hiding;
 mod sip_impaired;
 mod sip_outbound;
 mod sip_overload;

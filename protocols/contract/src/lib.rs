@@ -15,6 +15,7 @@
 //! | [`binding`] | subscriber bindings, rates, reports of peers |
 //! | [`session`] | session keys: one stable hash to place by, one keyed hash to look up by |
 //! | [`token`] | the signed text that carries an instance through a protocol field |
+//! | [`cloak`] | text that one side of the edge carries and cannot read |
 //! | [`query`] | what the core is asked and what it answers |
 //! | [`resolve`] | names of next hops: questions and answers |
 //! | [`router`] | the core, as an engine sees it |
@@ -32,6 +33,7 @@
 pub mod binding;
 pub mod call;
 pub mod class;
+pub mod cloak;
 pub mod duration;
 pub mod engine;
 pub mod facts;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::{
     BackendId, BindingKey, Class, ClassId, CloseCause, Endpoint, FlowId, Keyer, Outcome,
-    PeerReport, Pin, PoolId, Query, Rate, SessionKey, Ticket, Token, Transport, Verdict,
+    PeerReport, Pin, PoolId, Query, Rate, SessionKey, Ticket, Token, TokenKeys, Transport, Verdict,
 };
 
 /// What a stream link to a backend tells.
@@ -132,6 +132,9 @@ pub trait Router {
 
     /// Signs an instance's pin and four bits of the caller's for the place that `binding` names.
     fn seal(&self, pin: Pin, mark: u8, binding: u64) -> Token;
+
+    /// The keys that sign tokens, and cloak what one side shall not see.
+    fn token_keys(&self) -> &TokenKeys;
 
     /// Reads a token back.
     fn unseal(&self, text: &[u8], binding: u64) -> Option<(Pin, u8)>;

@@ -44,6 +44,16 @@ impl TokenKeys {
         self.keys.clone()
     }
 
+    /// The key that signs.
+    pub(crate) fn signing(&self) -> &[u8; 16] {
+        &self.keys[0]
+    }
+
+    /// All keys that check, the one that signs first.
+    pub(crate) fn all(&self) -> &[[u8; 16]] {
+        &self.keys
+    }
+
     /// Signs `pin` and the low four bits of `mark` for the place that `binding` names.
     #[must_use]
     pub fn seal(&self, pin: Pin, mark: u8, binding: u64) -> Token {

@@ -4,19 +4,21 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    ClassRule, Closing, Context, Endpoint, Engine, LookupId, Message, Outbox, PeerChange, Place,
-    PoolId, Refusal, Route, Router, Ticket, Transport, Unresolved, Wheel, WorkerId, stable_hash,
+    ClassRule, Closing, Context, Endpoint, Engine, LookupId, Message, Note, Outbox, PeerChange,
+    Place, PoolId, Refusal, Route, Router, Ticket, TokenKeys, Transport, Unresolved, Wheel,
+    WorkerId, stable_hash,
 };
 
 use crate::calls::Calls;
 use crate::guard::Guard;
+use crate::hide::{call_id_word, keep_call_id, unmask};
 use crate::local::Local;
 use crate::lookup::Held;
 use crate::options::{Matched, Mode, SipMatch, SipOptions, Sips};
 use crate::overload::Overload;
 use crate::pace::Pace;
 use crate::place::Large;
-use crate::scan::{Scan, Start};
+use crate::scan::{Scan, ScanError, Start};
 use crate::target::Target;
 use crate::transaction::Transactions;
 use crate::{Sip, responses};
@@ -110,6 +112,9 @@ pub struct SipEngine {
     pub(crate) scratch: Vec<u8>,
     pub(crate) edit_scan: Scan,
     pub(crate) edited: Vec<u8>,
+    /// A message as it was before it was hidden, and where things are in it.
+    unmasked: Vec<u8>,
+    unmasked_scan: Scan,
     pub(crate) pace: Pace,
     pub(crate) large: Large,
     pub(crate) calls: Calls,
@@ -132,6 +137,8 @@ impl SipEngine {
             scratch: Vec::new(),
             edit_scan: Scan::default(),
             edited: Vec::new(),
+            unmasked: Vec::new(),
+            unmasked_scan: Scan::default(),
             pace: Pace::default(),
             large: Large::default(),
             calls: Calls::new(context.worker, context.seed),
@@ -165,6 +172,60 @@ impl SipEngine {
     }
 }
 
+impl SipEngine {
+    fn on_scanned(
+        &mut self,
+        now: Instant,
+        message: &Message<'_>,
+        scan: &Scan,
+        result: Result<(), ScanError>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        match (result, scan.start) {
+            (Ok(()), Start::Response { code }) => {
+                responses::on_response(self, now, message, scan, code, router, out)
+            }
+            (result, Start::Request { .. }) if scan.headers_at > 0 => {
+                self.on_request(now, message, scan, result.err(), router, out);
+            }
+            _ => out.drop_message("malformed"),
+        }
+    }
+
+    /// Reads what was hidden: whether the message is now the one in `plain`, scanned.
+    fn reveal(
+        &mut self,
+        message: &[u8],
+        scan: &mut Scan,
+        keys: &TokenKeys,
+        plain: &mut Vec<u8>,
+        out: &mut Outbox,
+    ) -> bool {
+        let done = unmask(message, scan, keys, plain);
+        if done.unreadable > 0 {
+            out.note(Note::Count("sip_hidden_unreadable"));
+        }
+        if done.read == 0 {
+            return false;
+        }
+        let word = call_id_word(message, scan);
+        let known = &mut self.unmasked_scan;
+        if known.scan(plain).is_err() {
+            return false;
+        }
+        // Only if it was read: it stands there no more.
+        if let Some(word) = word.filter(|_| call_id_word(plain, known).is_none()) {
+            keep_call_id(plain, known, word);
+            if known.scan(plain).is_err() {
+                return false;
+            }
+        }
+        std::mem::swap(scan, known);
+        true
+    }
+}
+
 impl Engine for SipEngine {
     fn on_message(
         &mut self,
@@ -178,16 +239,15 @@ impl Engine for SipEngine {
         }
         let mut scan = std::mem::take(&mut self.scan);
         let result = scan.scan(message.bytes);
-        match (result, scan.start) {
-            (Ok(()), Start::Response { code }) => {
-                responses::on_response(self, now, &message, &scan, code, router, out)
-            }
-            (result, Start::Request { .. }) if scan.headers_at > 0 => {
-                self.on_request(now, &message, &scan, result.err(), router, out);
-            }
-            _ => out.drop_message("malformed"),
+        let mut plain = std::mem::take(&mut self.unmasked);
+        let hides = self.settings.options.topology_hiding.is_some() && result.is_ok();
+        if hides && self.reveal(message.bytes, &mut scan, router.token_keys(), &mut plain, out) {
+            let message = Message { bytes: &plain, ..message };
+            self.on_scanned(now, &message, &scan, Ok(()), router, out);
+        } else {
+            self.on_scanned(now, &message, &scan, result, router, out);
         }
-        self.scan = scan;
+        (self.scan, self.unmasked) = (scan, plain);
     }
 
     fn on_granted(

@@ -37,6 +37,11 @@ impl SipEngine {
         into.clear();
         backward(message, scan, as_500, self.overload.telling.as_ref(), into);
         let Some(transaction) = self.transactions.get(slot) else { return };
+        let side = (transaction.transport, transaction.local);
+        let socket = (side.0, self.settings.local.receiving(side.0, side.1));
+        let spare = (&mut self.edit_scan, &mut self.edited);
+        let (to_instance, keys) = (transaction.from_backend, router.token_keys());
+        self.settings.hide_response(into, to_instance, socket, keys, spare);
         if self.settings.options.header_rules.is_empty() {
             return;
         }
@@ -49,7 +54,6 @@ impl SipEngine {
             // What asserts identities here is an instance.
             from_backend: true,
         };
-        let to_instance = transaction.from_backend;
         self.edit(into, &origin, to_instance, router);
     }
 

@@ -10,6 +10,7 @@
 //! | `target`, `flow` | where a request goes: Route, token, pool; a client's flow |
 //! | `place`, `send`, `write`, `rules` | choosing the next hop; the request as it goes there |
 //! | `pace` | how long an instance may be silent, and what retries may cost |
+//! | [`hide`] | topology hiding |
 //! | `overload` | RFC 7339: what neighbours are told and what is held back |
 //! | `transaction` | what is under way: one request, its legs |
 //! | `engine`, `requests`, `responses`, `answers`, `failures`, `finish`, `timers` | the proxy |
@@ -33,6 +34,7 @@ mod flow;
 pub mod frame;
 mod guard;
 mod handover;
+pub mod hide;
 mod incoming;
 pub mod limit;
 mod local;

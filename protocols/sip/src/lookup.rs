@@ -20,7 +20,6 @@ use crate::target::{Hop, Target};
 use crate::transaction::State;
 use crate::uri::{Uri, tag};
 use crate::via::Via;
-use crate::write::backward;
 
 /// How long a name may take, at most: the resolver has its own, shorter time; this is for an answer
 /// that was lost.
@@ -308,7 +307,9 @@ impl SipEngine {
                 out.note(Note::Count(counted(why)));
             }
             match scan.start {
-                Start::Response { .. } => self.response_resolved(&message, &scan, place, out),
+                Start::Response { .. } => {
+                    self.response_resolved(&message, &scan, place, router, out);
+                }
                 _ => self.request_resolved(now, &message, &scan, place, router, out),
             }
         }
@@ -316,17 +317,22 @@ impl SipEngine {
     }
 
     fn response_resolved(
-        &self,
+        &mut self,
         message: &Message<'_>,
         scan: &Scan,
         place: Result<Place, Unresolved>,
+        router: &dyn Router,
         out: &mut Outbox,
     ) {
-        let to =
-            place.ok().and_then(|place| self.settings.endpoint(place.transport, place.address));
-        let Some(to) = to else { return out.drop_message("response_to_unknown_host") };
+        let reached = place.ok().map(|place| (place.transport, place.address));
+        let to = reached.and_then(|(transport, at)| self.settings.endpoint(transport, at));
+        let (Some(to), Some(reached)) = (to, reached) else {
+            return out.drop_message("response_to_unknown_host");
+        };
         out.note(Note::Count("sip_responses_stateless"));
-        out.send(to, ClassId::CONTROL, |buffer| backward(message.bytes, scan, false, None, buffer));
+        // Its pool is not known any more.
+        self.overload.telling = None;
+        self.send_back(to, reached, message, scan, router, out);
     }
 
     fn request_resolved(

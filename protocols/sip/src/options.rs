@@ -6,6 +6,7 @@ use strowger_contract::duration::Span;
 use strowger_contract::{OptionsError, Scope};
 
 use crate::access::{Network, any};
+use crate::hide::TopologyHiding;
 use crate::limit::Rate;
 use crate::overload::OverloadControl;
 use crate::rules::HeaderRule;
@@ -184,6 +185,8 @@ pub struct SipOptions {
     /// What a `sips:` Request-URI needs of an instance: `tls` (default), or `any` where the way to them
     /// is secured otherwise.
     pub sips: Sips,
+    /// Who does not see the other side's addresses; not given: nothing is hidden.
+    pub topology_hiding: Option<TopologyHiding>,
     /// Headers to add, set or remove, in order.
     pub header_rules: Vec<HeaderRule>,
 }
@@ -230,6 +233,7 @@ impl Default for SipOptions {
             limits: Limits::default(),
             overload_control: OverloadControl::default(),
             sips: Sips::Tls,
+            topology_hiding: None,
             header_rules: Vec::new(),
         }
     }
@@ -337,6 +341,10 @@ pub(crate) fn check(scope: &Scope<SipMatch>, options: &SipOptions) -> Vec<Option
     }
     if options.udp_max != 0 && !(500..=65_000).contains(&options.udp_max) {
         wrong("udp_max", "must be 0 (never) or 500 to 65000; RFC 3261 18.1.1 says 1300".into());
+    }
+    if options.topology_hiding.is_some() && !options.record_route {
+        let why = "needs `record_route: true`: what is hidden is read here when it comes back";
+        wrong("topology_hiding", why.into());
     }
     if options.mode == Mode::Stateless {
         stateless(options, &mut wrong);

@@ -263,7 +263,8 @@ impl SipEngine {
                 .any(|to| crate::uri::tag(to.value.of(request)).is_some());
         let breadth =
             split.then(|| (breadth / u32::from(self.settings.options.fork_targets)).max(1));
-        let write = |hop: &NextHop, sent: &mut Vec<u8>, router: &dyn Router| {
+        let mut spare = (std::mem::take(&mut self.edit_scan), std::mem::take(&mut self.edited));
+        let mut write = |hop: &NextHop, sent: &mut Vec<u8>, router: &dyn Router| {
             sent.clear();
             forward(
                 &self.settings,
@@ -278,6 +279,9 @@ impl SipEngine {
                 router,
                 sent,
             );
+            let keys = router.token_keys();
+            let spare = (&mut spare.0, &mut spare.1);
+            self.settings.hide_request(sent, wanted, hop, method, keys, spare);
         };
         write(&hop, &mut sent, router);
         let mut upgraded = false;
@@ -293,6 +297,7 @@ impl SipEngine {
             write(&hop, &mut sent, router);
             out.note(Note::Count("sip_large_over_tcp"));
         }
+        (self.edit_scan, self.edited) = spare;
         self.edit(&mut sent, &origin, hop.backend.is_some(), router);
         let pinned = matches!(wanted.hop, Hop::Backend { pin: Some(_), .. });
         let patience = hop.backend.filter(|_| !pinned).map(|backend| {

@@ -42,6 +42,7 @@ pub(crate) fn respond(
     told: Option<&Told>,
     out: &mut Vec<u8>,
 ) {
+    let start = out.len();
     out.extend_from_slice(b"SIP/2.0 ");
     decimal(u64::from(answer.code), out);
     out.push(b' ');
@@ -88,6 +89,7 @@ pub(crate) fn respond(
         out.extend_from_slice(b"\"\r\n");
     }
     out.extend_from_slice(b"Content-Length: 0\r\n\r\n");
+    crate::hide::restore_call_id(out, start);
 }
 
 fn our_tag(key: u64, out: &mut Vec<u8>) {

@@ -1,9 +1,10 @@
 //! Responses: matched to the leg that our branch names (RFC 3261 16.7), or, when nothing is known of it
 //! any more, sent back the way that the Via headers say.
 
+use std::net::SocketAddr;
 use std::time::Instant;
 
-use strowger_contract::{ClassId, Message, Note, Outbox, Router, Transport, stable_hash};
+use strowger_contract::{ClassId, Endpoint, Message, Note, Outbox, Router, Transport, stable_hash};
 
 use crate::branch::Branch;
 use crate::engine::SipEngine;
@@ -71,7 +72,7 @@ pub(crate) fn on_response(
     if branch.verify(token, call_id, router).is_none() {
         return out.drop_message("response_forged");
     }
-    pass_back(engine, now, message, scan, out);
+    pass_back(engine, now, message, scan, router, out);
 }
 
 /// RFC 3261 16.11, 18.2.2: back by the next Via.
@@ -80,6 +81,7 @@ fn pass_back(
     now: Instant,
     message: &Message<'_>,
     scan: &Scan,
+    router: &dyn Router,
     out: &mut Outbox,
 ) {
     let bytes = message.bytes;
@@ -97,8 +99,31 @@ fn pass_back(
         return out.drop_message("response_without_socket");
     };
     out.note(Note::Count("sip_responses_stateless"));
-    let told = engine.overload.telling;
-    out.send(to, ClassId::CONTROL, |buffer| backward(bytes, scan, false, told.as_ref(), buffer));
+    engine.send_back(to, (transport, address), message, scan, router, out);
+}
+
+impl SipEngine {
+    /// Sends a response on that no transaction is known of.
+    pub(crate) fn send_back(
+        &mut self,
+        to: Endpoint,
+        (transport, address): (Transport, SocketAddr),
+        message: &Message<'_>,
+        scan: &Scan,
+        router: &dyn Router,
+        out: &mut Outbox,
+    ) {
+        let mut sent = std::mem::take(&mut self.scratch);
+        sent.clear();
+        backward(message.bytes, scan, false, self.overload.telling.as_ref(), &mut sent);
+        let facing = self.settings.local.facing(transport, address.is_ipv6());
+        let to_instance = router.backend_at(address).is_some();
+        let spare = (&mut self.edit_scan, &mut self.edited);
+        let keys = router.token_keys();
+        self.settings.hide_response(&mut sent, to_instance, (transport, facing), keys, spare);
+        out.send(to, ClassId::CONTROL, |buffer| buffer.extend_from_slice(&sent));
+        self.scratch = sent;
+    }
 }
 
 fn via_transport(via: &Via<'_>) -> Transport {

@@ -131,6 +131,9 @@ impl SipEngine {
             router,
             &mut sent,
         );
+        let spare = (&mut self.edit_scan, &mut self.edited);
+        let keys = router.token_keys();
+        self.settings.hide_request(&mut sent, target, hop, incoming.method, keys, spare);
         self.edit(&mut sent, &origin, hop.backend.is_some(), router);
         out.send(to, class, |bytes| bytes.extend_from_slice(&sent));
         self.scratch = sent;

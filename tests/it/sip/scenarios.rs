@@ -52,6 +52,8 @@ struct Table {
     ports: HashMap<String, u16>,
     /// Debian's sipp speaks no TLS: HAProxy (OpenSSL) does it for both of its sides.
     tls: Option<Wrapper>,
+    /// The listener's options.
+    options: &'static str,
 }
 
 /// Ports of HAProxy's, and the folder of the certificates.
@@ -113,7 +115,7 @@ impl Table {
             names().into_iter().map(|name| (name, free_port())).collect();
         ports.insert(DEFAULT.to_owned(), free_port());
         let tls = (transport == "tls").then(Wrapper::new);
-        Self { transport, mode, port: free_port(), ports, tls }
+        Self { transport, mode, port: free_port(), ports, tls, options: "{}" }
     }
 
     /// Where the edge finds what plays a scenario's callee.
@@ -148,7 +150,8 @@ impl Table {
             }
         }
         format!(
-            "version: 1\nnode: {{ name: test, workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [{transport}://127.0.0.1:{port}, \"{transport}://[::1]:{port}\"]\n    pool: {DEFAULT}\n{own}    routes:\n{routes}pools:\n{pools}"
+            "version: 1\nnode: {{ name: test, workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [{transport}://127.0.0.1:{port}, \"{transport}://[::1]:{port}\"]\n    pool: {DEFAULT}\n    options: {}\n{own}    routes:\n{routes}pools:\n{pools}",
+            self.options
         )
     }
 
@@ -218,11 +221,16 @@ const KNOWN: &[(&str, &str)] = &[];
 const DATAGRAMS_ONLY: [&str; 2] = ["retransmitted_requests", "lost_ack"];
 
 fn run(transport: &'static str, mode: &'static str) {
+    play_all(&Table::new(transport, mode), &|_, _| true);
+}
+
+/// Plays all scenarios and looks at what each caller got.
+fn play_all(table: &Table, is_right: &(dyn Fn(&str, &str) -> bool + Sync)) {
     if !has("sipp") {
         return;
     }
     let _alone = alone();
-    let table = Table::new(transport, mode);
+    let transport = table.transport;
     let edge = Edge::start(&table.config());
     let _wrapper = table.tls.as_ref().map(|wrapper| wrapper.start(table.port, &table.ports));
     let work = tempfile::TempDir::new().expect("a folder");
@@ -246,6 +254,11 @@ fn run(transport: &'static str, mode: &'static str) {
                     {
                         failures.lock().expect("no panic").push(told);
                     }
+                    let seen = fs::read(work.path().join(format!("{name}.uac.msg")));
+                    let seen = String::from_utf8_lossy(&seen.unwrap_or_default()).into_owned();
+                    if !is_right(&name, &seen) {
+                        failures.lock().expect("no panic").push(format!("{name} saw\n{seen}"));
+                    }
                 }
             });
         }
@@ -258,6 +271,18 @@ fn run(transport: &'static str, mode: &'static str) {
 #[test]
 fn scenarios_over_udp() {
     run("udp", "u1");
+}
+
+/// Every scenario goes as well when neither side sees the other, and callers see no callee.
+#[test]
+fn scenarios_with_hidden_topology() {
+    let options = "{ topology_hiding: { from: both } }";
+    let table = Table { options, ..Table::new("udp", "u1") };
+    play_all(&table, &|name, seen| {
+        let ports = [DEFAULT, name].map(|name| format!("127.0.0.1:{}", table.ports[name]));
+        // A registrar's Contacts are its clients' own.
+        name.starts_with("register") || !ports.iter().any(|port| seen.contains(port))
+    });
 }
 
 #[test]

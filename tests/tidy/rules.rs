@@ -13,7 +13,6 @@ const LINES_MAX: usize = 700;
 /// Files that are too long as yet, and why that is borne.
 pub(crate) const LONG: [(&str, &str); 2] = [
     ("src/observe/metrics.rs", "one declaration for each metric; to be split by subject"),
-    ("tests/sim/sip.rs", "one world: client, instance and network know each other"),
 ];
 
 /// What a pure part must not name, and what it does instead.

@@ -161,7 +161,7 @@ pub(crate) fn simulate(seed: u64) {
     };
     let options = SipOptions {
         recurse: seed % 2 == 1,
-        topology_hiding: (seed % 3 == 0).then(TopologyHiding::default),
+        topology_hiding: seed.is_multiple_of(3).then(TopologyHiding::default),
         ..SipOptions::default()
     };
     let hides = options.topology_hiding.is_some();

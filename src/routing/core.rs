@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use strowger_contract::{
-    BackendId, Class, ClassId, Keyer, Link, Outcome, Pin, SessionKey, TokenKeys, WorkerId,
+    BackendId, Class, ClassId, Keyer, LANE_ACCEPTED, Lanes, Link, Outcome, Pin, SessionKey,
+    TokenKeys, WorkerId,
 };
 
 use super::bindings::BindingTable;
@@ -313,6 +314,7 @@ impl Core {
                     pool: id,
                     pool_name: Arc::clone(&name),
                     needs_link: spec.needs_link,
+                    connections: spec.connections,
                     leaving,
                     live: Arc::clone(&known.live),
                     spec: backend,
@@ -506,9 +508,16 @@ impl Core {
 
     /// A backend's link has more queued than it should, or no longer.
     pub fn set_congested(&self, backend: BackendId, congested: bool) {
-        if let Some(backend) = self.snapshot.load().backend(backend) {
-            backend.live.set_congested(congested);
+        if let Some(live) = self.live(backend) {
+            live.set_congested(congested);
         }
+    }
+
+    /// Whether a connection that the backend opened itself serves as its link.
+    #[must_use]
+    pub fn is_served(&self, backend: BackendId) -> bool {
+        let accepted = Lanes::bit(LANE_ACCEPTED);
+        self.live(backend).is_some_and(|live| live.lanes().up & accepted != 0)
     }
 
     /// What an instance says that it can have in flight, by its agent's heartbeat; `None`: nothing.
@@ -534,6 +543,9 @@ impl Core {
         };
         backend.live.end(1);
         let faults = backend.live.judge(outcome);
+        if let Outcome::Answered { .. } | Outcome::Ended { .. } | Outcome::Refused = outcome {
+            backend.live.note_answer(self.clock(now));
+        }
         let Some(pool) = snapshot.pool(backend.pool) else { return };
         let times = match outcome {
             Outcome::Answered { latency } => Some((latency, latency)),
@@ -566,10 +578,16 @@ impl Core {
         now: Instant,
         snapshot: &Snapshot,
         backend: BackendId,
-        link: Link<'_>,
+        (lane, link): (u8, Link<'_>),
     ) {
-        let Some(backend) = snapshot.backend(backend) else { return };
-        let change = backend.live.link(link);
+        let Some(backend) = snapshot.backend(backend) else {
+            if let Some(live) = self.live(backend) {
+                // It left meanwhile; it may come back.
+                let _untold = live.link(lane, link);
+            }
+            return;
+        };
+        let change = backend.live.link(lane, link);
         // Where links are opened on demand, their coming and going is no event of the backend's.
         match change.filter(|_| backend.needs_link) {
             Some(LiveChange::Up) => {

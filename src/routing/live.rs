@@ -11,7 +11,7 @@ use std::sync::atomic::{
 };
 use std::time::Duration;
 
-use strowger_contract::{Link, Outcome, Rate};
+use strowger_contract::{Lanes, Link, Outcome, Rate};
 
 use super::qos::AdaptiveLimit;
 
@@ -48,7 +48,16 @@ pub struct BackendLive {
     rises: AtomicU32,
     falls: AtomicU32,
     link: AtomicU8,
-    congested: AtomicBool,
+    /// Where each of its links stands: bits as in [`Lanes`].
+    lanes_up: AtomicU32,
+    lanes_down: AtomicU32,
+    lanes_introducing: AtomicU32,
+    /// How many of its links are congested.
+    congested: AtomicU32,
+    /// When it answered last.
+    answered_at: AtomicU64,
+    /// The number that grows when it starts anew; 0: none was told.
+    start: AtomicU32,
     in_flight: AtomicU32,
     /// The most since the last look.
     most_in_flight: AtomicU32,
@@ -139,16 +148,27 @@ impl BackendLive {
         self.health.load(Relaxed) == DOWN
     }
 
-    /// Takes a link's news in; whether it came up or went down by it.
-    pub(super) fn link(&self, link: Link<'_>) -> Option<LiveChange> {
+    /// Takes a link's news in; whether the backend came up or went down by it. It is up as long as
+    /// one of its links is.
+    pub(super) fn link(&self, lane: u8, link: Link<'_>) -> Option<LiveChange> {
+        let bit = Lanes::bit(lane);
+        let put = |place: &AtomicU32, set: bool| {
+            if set { place.fetch_or(bit, SeqCst) } else { place.fetch_and(!bit, SeqCst) }
+        };
+        put(&self.lanes_introducing, matches!(link, Link::Introducing));
+        if let Link::Introducing = link {
+            return None;
+        }
+        put(&self.lanes_down, matches!(link, Link::Down(_)));
+        put(&self.lanes_up, matches!(link, Link::Up { .. }));
+        if let Link::Up { identity, capabilities } = link {
+            self.set_identity(identity);
+            self.set_capabilities(capabilities);
+        }
         let (state, change) = match link {
-            Link::Up { identity, capabilities } => {
-                self.set_identity(identity);
-                self.set_capabilities(capabilities);
-                (UP, LiveChange::Up)
-            }
+            _ if self.lanes_up.load(SeqCst) != 0 => (UP, LiveChange::Up),
             Link::Suspect => (SUSPECT, LiveChange::Down),
-            Link::Down(_) => (DOWN, LiveChange::Down),
+            _ => (DOWN, LiveChange::Down),
         };
         let before = self.link.swap(state, Relaxed);
         let was_up = before == UP;
@@ -165,9 +185,33 @@ impl BackendLive {
         }
     }
 
-    /// Whether the link is dead.
-    pub(super) fn is_link_down(&self) -> bool {
-        self.link.load(Relaxed) == DOWN
+    /// Where its links stand.
+    pub(super) fn lanes(&self) -> Lanes {
+        Lanes {
+            up: self.lanes_up.load(SeqCst),
+            down: self.lanes_down.load(SeqCst),
+            introducing: self.lanes_introducing.load(SeqCst),
+        }
+    }
+
+    /// Notes that it answered.
+    pub(super) fn note_answer(&self, now: u64) {
+        self.answered_at.store(now, Relaxed);
+    }
+
+    /// When it answered last; 0: never.
+    pub(super) fn answered_at(&self) -> u64 {
+        self.answered_at.load(Relaxed)
+    }
+
+    /// Notes the number that grows when it starts anew; whether it grew.
+    pub(super) fn note_start(&self, number: u32, fresh: bool) -> bool {
+        let known = if fresh {
+            self.start.swap(number, Relaxed)
+        } else {
+            self.start.fetch_max(number, Relaxed)
+        };
+        known != 0 && number > known
     }
 
     /// A word for the link's state.
@@ -271,13 +315,16 @@ impl BackendLive {
         self.load.load(Relaxed).checked_sub(1)
     }
 
-    /// Its link's queue is full, or no longer.
+    /// The queue of one of its links is full, or no longer.
     pub(super) fn set_congested(&self, congested: bool) {
-        self.congested.store(congested, Relaxed);
+        let change = |known: u32| {
+            Some(if congested { known.saturating_add(1) } else { known.saturating_sub(1) })
+        };
+        let _now = self.congested.fetch_update(Relaxed, Relaxed, change);
     }
 
     pub(super) fn is_congested(&self) -> bool {
-        self.congested.load(Relaxed)
+        self.congested.load(Relaxed) > 0
     }
 
     /// A request goes out.

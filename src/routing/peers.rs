@@ -54,8 +54,11 @@ impl Peers {
 pub struct PeerView {
     /// The listener that it talks to.
     pub listener: String,
-    /// `client` or `backend`.
+    /// `client`, `backend`, or `both`: a backend that has connected itself (RFC 6733 5.6.4).
     pub role: &'static str,
+    /// Which of the connections to a backend it is, from 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection: Option<u8>,
     /// A backend's pool.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
@@ -87,12 +90,19 @@ impl Core {
         let table = self.peers().table.lock().unwrap_or_else(PoisonError::into_inner);
         let view = |((listener, endpoint), report): (&(String, Endpoint), &PeerReport)| {
             let backend = match endpoint {
-                Endpoint::Backend(backend) => snapshot.backend(*backend),
-                _ => None,
+                // A connection that the backend opened itself serves as its link.
+                Endpoint::Client(_) => report.serves,
+                link => link.as_link().map(|(backend, _)| backend),
             };
+            let backend = backend.and_then(|backend| snapshot.backend(backend));
             PeerView {
                 listener: listener.clone(),
-                role: if matches!(endpoint, Endpoint::Backend(_)) { "backend" } else { "client" },
+                role: match endpoint {
+                    Endpoint::Client(_) if report.serves.is_some() => "both",
+                    Endpoint::Client(_) => "client",
+                    _ => "backend",
+                },
+                connection: endpoint.as_link().map(|(_, lane)| lane + 1),
                 pool: backend.map(|backend| backend.pool_name.to_string()),
                 instance: backend.map(|backend| backend.spec.id.clone()),
                 identity: report.identity.clone(),

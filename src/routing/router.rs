@@ -243,8 +243,12 @@ impl Router for CoreRouter {
         self.take_place(backend);
     }
 
-    fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>) {
-        self.core.link(now, &self.snapshot, backend, link);
+    fn link(&mut self, now: Instant, backend: BackendId, lane: u8, link: Link<'_>) {
+        self.core.link(now, &self.snapshot, backend, (lane, link));
+    }
+
+    fn note_start(&mut self, backend: BackendId, number: u32, fresh: bool) -> bool {
+        self.core.live(backend).is_some_and(|live| live.note_start(number, fresh))
     }
 
     fn learn(
@@ -338,7 +342,11 @@ impl Router for CoreRouter {
             identity: backend.spec.identity.as_deref(),
             in_flight: backend.live.in_flight(),
             is_linked: backend.is_linked(),
-            is_link_down: backend.live.is_link_down(),
+            connections: backend.connections,
+            lanes: backend.live.lanes(),
+            answered: Some(backend.live.answered_at())
+                .filter(|&at| at > 0)
+                .map(|at| self.core.instant(at * 1_000)),
         })
     }
 

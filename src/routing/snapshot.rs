@@ -81,6 +81,8 @@ pub struct Backend {
     pub spec: BackendSpec,
     /// Its pool's backends need a link.
     pub(super) needs_link: bool,
+    /// How many links its pool wants to it.
+    pub(super) connections: u8,
     /// It is no longer wanted and only waits out the debounce.
     pub(super) leaving: bool,
     pub(super) live: Arc<BackendLive>,
@@ -283,11 +285,15 @@ impl Snapshot {
     }
 
     /// The backends of a pool that a link should be kept to.
-    pub fn linkable(&self, pool: PoolId) -> impl Iterator<Item = BackendId> + '_ {
+    pub fn linkable(&self, pool: PoolId) -> impl Iterator<Item = (BackendId, u8)> + '_ {
         let backends = self.pool(pool).map(|pool| pool.backends.as_slice()).unwrap_or_default();
         let wanted = |backend: &&Arc<Backend>| {
             backend.state() != InstanceState::Gone && backend.spec.transport.is_stream()
         };
-        backends.iter().filter(wanted).map(|backend| backend.id)
+        let lanes = |backend: &Arc<Backend>| {
+            let id = backend.id;
+            (0..backend.connections).map(move |lane| (id, lane))
+        };
+        backends.iter().filter(wanted).flat_map(lanes)
     }
 }

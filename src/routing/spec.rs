@@ -77,6 +77,9 @@ pub struct PoolSpec {
     pub panic_percent: u8,
     /// Whether a backend takes messages only when its link is up ([`strowger_contract::Links::Single`]).
     pub needs_link: bool,
+    /// How many links are kept to each backend where links are kept, 1 to
+    /// [`strowger_contract::LANES_MAX`].
+    pub connections: u8,
     /// The names that subscribers are bound by, in the order that they are looked up.
     pub bind_keys: Vec<String>,
     /// The same as places in [`strowger_contract::Protocol::BIND_KEYS`] of the pool's protocol.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use strowger_contract::{BackendId, Endpoint, Engine as _, Links, Protocol, Transport, WorkerId};
+use strowger_contract::{Endpoint, Engine as _, Links, Protocol, Transport, WorkerId};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::datagram::{BATCH, DatagramPort, Sent};
 use super::handover::{Giver, Legacy, SavedFlow};
 use super::host::{Begun, Bridges, Host, Inherited};
-use super::link::{keep_links, serve_link};
+use super::link::{LinkId, keep_links, serve_link};
 use super::mailbox::Letters;
 use super::shared::{NodeEvent, Shared};
 use super::sys::RecvBatch;
@@ -284,7 +284,7 @@ fn go_on<P: Protocol>(
     host: &Rc<Host<P>>,
     one: Inherited<P>,
     transport: Transport,
-) -> Option<BackendId> {
+) -> Option<LinkId> {
     match one {
         Inherited::Fresh(taken) => {
             // It was let in there.
@@ -292,12 +292,12 @@ fn go_on<P: Protocol>(
             serve(host, forced_place(host), async move { owner.begin(*taken, transport).await });
         }
         Inherited::Begun(begun) => serve(host, forced_place(host), async move { Some(begun) }),
-        Inherited::Link(backend, _) if P::LINKS == Links::Single => return Some(backend),
-        Inherited::Link(backend, connection) => {
+        Inherited::Link(link, _) if P::LINKS == Links::Single => return Some(link),
+        Inherited::Link(link, connection) => {
             let host = Rc::clone(host);
             tokio::task::spawn_local(async move {
                 let _alarm = host.alarm();
-                let _pause = serve_link(&host, backend, &connection, 0).await;
+                let _pause = serve_link(&host, link, &connection, 0).await;
             });
         }
     }

@@ -30,12 +30,15 @@ const RECONCILE_EVERY: Duration = Duration::from_millis(200);
 /// How long a retired link has for its goodbyes.
 const RETIRED_GRACE: Duration = Duration::from_secs(5);
 
+/// A link: to which backend, and which of those to it (`Endpoint::link`).
+pub(crate) type LinkId = (BackendId, u8);
+
 /// The links of one worker.
 #[derive(Default)]
 pub(crate) struct LinkTable {
-    links: HashMap<BackendId, LinkState>,
-    /// Backends that are left alone until then, once their link is down.
-    held_off: HashMap<BackendId, Instant>,
+    links: HashMap<LinkId, LinkState>,
+    /// Links that are left alone until then, once they are down.
+    held_off: HashMap<LinkId, Instant>,
 }
 
 enum LinkState {
@@ -66,13 +69,13 @@ impl LinkTable {
     /// Bytes for a backend.
     pub(crate) fn offer(
         &mut self,
-        backend: BackendId,
+        link: LinkId,
         bytes: &[u8],
         limit: usize,
         links: Links,
         now: Instant,
     ) -> Offer {
-        match self.links.entry(backend) {
+        match self.links.entry(link) {
             Entry::Occupied(mut entry) => match entry.get_mut() {
                 LinkState::Open(connection) if connection.is_closing() => {
                     Offer::Down(CloseCause::Local)
@@ -102,8 +105,8 @@ impl LinkTable {
     }
 
     /// The open link to a backend.
-    pub(crate) fn open(&self, backend: BackendId) -> Option<Rc<Connection>> {
-        match self.links.get(&backend) {
+    pub(crate) fn open(&self, link: LinkId) -> Option<Rc<Connection>> {
+        match self.links.get(&link) {
             Some(LinkState::Open(connection)) => Some(Rc::clone(connection)),
             _ => None,
         }
@@ -118,32 +121,32 @@ impl LinkTable {
     }
 
     /// What waits for links that are being opened.
-    pub(crate) fn waiting(&self) -> impl Iterator<Item = (BackendId, &[u8])> {
-        self.links.iter().filter_map(|(backend, link)| match link {
+    pub(crate) fn waiting(&self) -> impl Iterator<Item = (LinkId, &[u8])> {
+        self.links.iter().filter_map(|(link, state)| match state {
             LinkState::Connecting(waiting) if !waiting.is_empty() => {
-                Some((*backend, waiting.as_slice()))
+                Some((*link, waiting.as_slice()))
             }
             _ => None,
         })
     }
 
     /// Bytes wait for a link that another process was opening; whether it is to be opened here.
-    pub(crate) fn await_link(&mut self, backend: BackendId, waiting: &[u8]) -> bool {
-        let vacant = !self.links.contains_key(&backend);
+    pub(crate) fn await_link(&mut self, link: LinkId, waiting: &[u8]) -> bool {
+        let vacant = !self.links.contains_key(&link);
         if vacant {
-            self.links.insert(backend, LinkState::Connecting(waiting.to_vec()));
+            self.links.insert(link, LinkState::Connecting(waiting.to_vec()));
         }
         vacant
     }
 
     /// A link that another process had.
-    pub(crate) fn inherit(&mut self, backend: BackendId, connection: Rc<Connection>) {
-        self.links.insert(backend, LinkState::Open(connection));
+    pub(crate) fn inherit(&mut self, link: LinkId, connection: Rc<Connection>) {
+        self.links.insert(link, LinkState::Open(connection));
     }
 
     /// The link is open; what waited for it.
-    fn opened(&mut self, backend: BackendId, connection: Rc<Connection>) -> Vec<u8> {
-        match self.links.insert(backend, LinkState::Open(connection)) {
+    fn opened(&mut self, link: LinkId, connection: Rc<Connection>) -> Vec<u8> {
+        match self.links.insert(link, LinkState::Open(connection)) {
             Some(LinkState::Connecting(waiting)) => waiting,
             _ => Vec::new(),
         }
@@ -153,7 +156,7 @@ impl LinkTable {
     /// that accepts and closes again must not be dialed ten times a second for ever.
     fn failed(
         &mut self,
-        backend: BackendId,
+        link: LinkId,
         worked: bool,
         cause: CloseCause,
         now: Instant,
@@ -161,31 +164,31 @@ impl LinkTable {
     ) -> Duration {
         let failures = if worked { 1 } else { failures + 1 };
         let pause = (BACK_OFF_FIRST * 2u32.saturating_pow(failures.min(10) - 1)).min(BACK_OFF_MAX);
-        self.links.insert(backend, LinkState::Paused { until: now + pause, failures, cause });
+        self.links.insert(link, LinkState::Paused { until: now + pause, failures, cause });
         pause
     }
 
     /// Leaves a backend alone until then, once its link is down.
-    pub(crate) fn hold_off(&mut self, backend: BackendId, until: Instant) {
-        self.held_off.insert(backend, until);
+    pub(crate) fn hold_off(&mut self, link: LinkId, until: Instant) {
+        self.held_off.insert(link, until);
     }
 
     /// How long a backend is yet to be left alone; said once.
-    fn held_off(&mut self, backend: BackendId, now: Instant) -> Duration {
-        let until = self.held_off.remove(&backend);
+    fn held_off(&mut self, link: LinkId, now: Instant) -> Duration {
+        let until = self.held_off.remove(&link);
         until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
     }
 
-    fn failures(&self, backend: BackendId) -> u32 {
-        match self.links.get(&backend) {
+    fn failures(&self, link: LinkId) -> u32 {
+        match self.links.get(&link) {
             Some(LinkState::Paused { failures, .. }) => *failures,
             _ => 0,
         }
     }
 
-    fn forget(&mut self, backend: BackendId) {
-        self.links.remove(&backend);
-        self.held_off.remove(&backend);
+    fn forget(&mut self, link: LinkId) {
+        self.links.remove(&link);
+        self.held_off.remove(&link);
     }
 }
 
@@ -195,9 +198,9 @@ pub(crate) fn dial<P: Protocol>(host: &Rc<Host<P>>, dial: Dial) {
     tokio::task::spawn_local(async move {
         let _alarm = host.alarm();
         match dial {
-            Dial::Backend(backend) => {
-                let failures = host.state().links.failures(backend);
-                let _pause = run_link(&host, backend, failures).await;
+            Dial::Link(link) => {
+                let failures = host.state().links.failures(link);
+                let _pause = run_link(&host, link, failures).await;
             }
             Dial::Remote(transport, address) => dial_remote(host, transport, address).await,
         }
@@ -231,12 +234,13 @@ async fn dial_remote<P: Protocol>(host: Rc<Host<P>>, transport: Transport, addre
 }
 
 /// Opens a link, serves it until it ends, and says how long to pause before the next try.
-async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures: u32) -> Duration {
-    let peer = Endpoint::Backend(backend);
+async fn run_link<P: Protocol>(host: &Rc<Host<P>>, link: LinkId, failures: u32) -> Duration {
+    let (backend, lane) = link;
+    let peer = Endpoint::link(backend, lane);
     let known = host.state().router.backend(backend).is_some();
     if !known {
         // It left the pool after the engine chose it: whoever waits for the link must hear of it.
-        host.state().links.forget(backend);
+        host.state().links.forget(link);
         host.tell(peer, PeerChange::Closed(CloseCause::Unreachable));
         return BACK_OFF_FIRST;
     }
@@ -247,29 +251,29 @@ async fn run_link<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId, failures:
     }
     let Dialed { stream, address, local, transport, facts } = match dialed {
         Ok(dialed) => dialed,
-        Err(cause) => return link_down(host, backend, None, cause, failures),
+        Err(cause) => return link_down(host, link, None, cause, failures),
     };
     let connection = Connection::new(stream, peer, address, local, transport);
-    let waiting = host.state().links.opened(backend, Rc::clone(&connection));
+    let waiting = host.state().links.opened(link, Rc::clone(&connection));
     host.shared.event(NodeEvent::LinkUp { backend: host.shared.backend_name(backend) });
     if P::LINKS == Links::PerWorker {
         // The transport is all there is to such a link; others introduce themselves first.
         connection.proven.set(true);
         let up = Link::Up { identity: &[], capabilities: &[] };
-        host.state().router.link(Instant::now(), backend, up);
+        host.state().router.link(Instant::now(), backend, lane, up);
     }
     host.opened(peer, Opened { remote: address, local, transport, facts: &facts });
     if !waiting.is_empty() {
         connection.push(&waiting, usize::MAX);
         host.write(&connection);
     }
-    serve_link(host, backend, &connection, failures).await
+    serve_link(host, link, &connection, failures).await
 }
 
 /// Serves an open link until it ends, and says how long to pause before the next try.
 pub(crate) async fn serve_link<P: Protocol>(
     host: &Rc<Host<P>>,
-    backend: BackendId,
+    link: LinkId,
     connection: &Rc<Connection>,
     failures: u32,
 ) -> Duration {
@@ -279,25 +283,26 @@ pub(crate) async fn serve_link<P: Protocol>(
         return BACK_OFF_MAX;
     }
     if connection.congested.get() {
-        host.shared.core.set_congested(backend, false);
+        host.shared.core.set_congested(link.0, false);
     }
-    link_down(host, backend, Some(&**connection), cause, failures)
+    link_down(host, link, Some(&**connection), cause, failures)
 }
 
 fn link_down<P: Protocol>(
     host: &Rc<Host<P>>,
-    backend: BackendId,
+    link: LinkId,
     connection: Option<&Connection>,
     cause: CloseCause,
     failures: u32,
 ) -> Duration {
+    let (backend, lane) = link;
     let now = Instant::now();
-    let peer = Endpoint::Backend(backend);
+    let peer = Endpoint::link(backend, lane);
     let was_open = connection.is_some();
     let worked = connection.is_some_and(|connection| connection.proven.get());
-    let pause = host.state().links.failed(backend, worked, cause, now, failures);
+    let pause = host.state().links.failed(link, worked, cause, now, failures);
     if P::LINKS == Links::Single || cause.is_far_fault() {
-        host.state().router.link(now, backend, Link::Down(cause));
+        host.state().router.link(now, backend, lane, Link::Down(cause));
     }
     host.shared.event(NodeEvent::LinkDown {
         backend: host.shared.backend_name(backend),
@@ -380,52 +385,56 @@ pub(crate) async fn connect(
     }
 }
 
-/// Keeps a link to every backend that the listener may need and this worker owns. Never ends.
-pub(crate) async fn keep_links<P: Protocol>(host: Rc<Host<P>>, inherited: Vec<BackendId>) {
-    let keep = |backend| tokio::task::spawn_local(keep_link(Rc::clone(&host), backend));
-    let mut kept: HashMap<BackendId, tokio::task::JoinHandle<()>> =
-        inherited.into_iter().map(|backend| (backend, keep(backend))).collect();
+/// Keeps the links to every backend that the listener may need and this worker owns. Never ends.
+pub(crate) async fn keep_links<P: Protocol>(host: Rc<Host<P>>, inherited: Vec<LinkId>) {
+    let keep = |link| tokio::task::spawn_local(keep_link(Rc::clone(&host), link));
+    let mut kept: HashMap<LinkId, tokio::task::JoinHandle<()>> =
+        inherited.into_iter().map(|link| (link, keep(link))).collect();
     let mut tick = tokio::time::interval(RECONCILE_EVERY);
     loop {
         tick.tick().await;
         let wanted = wanted_links(&host);
-        for &backend in &wanted {
-            kept.entry(backend).or_insert_with(|| keep(backend));
+        for &link in &wanted {
+            kept.entry(link).or_insert_with(|| keep(link));
         }
-        kept.retain(|backend, task| {
-            let keep = wanted.contains(backend);
+        kept.retain(|link, task| {
+            let keep = wanted.contains(link);
             if !keep {
                 task.abort();
-                retire(&host, *backend);
+                retire(&host, *link);
             }
             keep
         });
     }
 }
 
-fn wanted_links<P: Protocol>(host: &Rc<Host<P>>) -> std::collections::HashSet<BackendId> {
+fn wanted_links<P: Protocol>(host: &Rc<Host<P>>) -> std::collections::HashSet<LinkId> {
     let mut state = host.state();
     state.router.refresh();
     let pools = state.spec.pools.clone();
     let snapshot = state.router.snapshot();
-    let mine =
-        |backend: &BackendId| host.shared.owner(P::LINKS, *backend, host.worker) == host.worker;
+    let mine = |link: &LinkId| host.shared.owner(P::LINKS, *link, host.worker) == host.worker;
     pools.iter().flat_map(|&pool| snapshot.linkable(pool)).filter(mine).collect()
 }
 
-async fn keep_link<P: Protocol>(host: Rc<Host<P>>, backend: BackendId) {
+async fn keep_link<P: Protocol>(host: Rc<Host<P>>, link: LinkId) {
     loop {
-        let failures = host.state().links.failures(backend);
+        let failures = host.state().links.failures(link);
+        // One that another process had is open already.
+        let open = host.state().links.open(link);
+        if open.is_none() && host.shared.core.is_served(link.0) {
+            // The backend was faster: its own connection serves as the link while it is there.
+            tokio::time::sleep(RECONCILE_EVERY).await;
+            continue;
+        }
         let task = {
             let host = Rc::clone(&host);
             // In a task of its own: the keeper may be aborted, a link's end must still be told.
             tokio::task::spawn_local(async move {
                 let _alarm = host.alarm();
-                // One that another process had is open already.
-                let open = host.state().links.open(backend);
                 match open {
-                    Some(connection) => serve_link(&host, backend, &connection, failures).await,
-                    None => run_link(&host, backend, failures).await,
+                    Some(connection) => serve_link(&host, link, &connection, failures).await,
+                    None => run_link(&host, link, failures).await,
                 }
             })
         };
@@ -433,24 +442,24 @@ async fn keep_link<P: Protocol>(host: Rc<Host<P>>, backend: BackendId) {
         if host.has_left() {
             return;
         }
-        let pause = pause.max(host.state().links.held_off(backend, Instant::now()));
+        let pause = pause.max(host.state().links.held_off(link, Instant::now()));
         tokio::time::sleep(host.shared.jitter(pause)).await;
     }
 }
 
-/// The backend is no longer wanted: the engine says goodbye, and in the end the link is cut.
-fn retire<P: Protocol>(host: &Rc<Host<P>>, backend: BackendId) {
-    let Some(connection) = host.state().links.open(backend) else {
-        host.state().links.forget(backend);
+/// The link is no longer wanted: the engine says goodbye, and in the end it is cut.
+fn retire<P: Protocol>(host: &Rc<Host<P>>, link: LinkId) {
+    let Some(connection) = host.state().links.open(link) else {
+        host.state().links.forget(link);
         return;
     };
-    host.tell(Endpoint::Backend(backend), PeerChange::Retired);
+    host.tell(connection.endpoint, PeerChange::Retired);
     let host = Rc::clone(host);
     tokio::task::spawn_local(async move {
         tokio::time::sleep(RETIRED_GRACE).await;
         connection.close(strowger_contract::Closing::Flushed, CloseCause::Local);
         tokio::time::sleep(RETIRED_GRACE).await;
-        host.state().links.forget(backend);
+        host.state().links.forget(link);
     });
 }
 
@@ -460,7 +469,7 @@ mod tests {
 
     #[test]
     fn a_failed_link_pauses_longer_each_time_and_then_dials_again() {
-        let (mut table, now, backend) = (LinkTable::default(), Instant::now(), BackendId(1));
+        let (mut table, now, backend) = (LinkTable::default(), Instant::now(), (BackendId(1), 0));
         let offer = |table: &mut LinkTable, now| match table.offer(
             backend,
             b"x",
@@ -494,7 +503,7 @@ mod tests {
 
     #[test]
     fn what_waits_for_a_link_is_bounded() {
-        let (mut table, now, backend) = (LinkTable::default(), Instant::now(), BackendId(1));
+        let (mut table, now, backend) = (LinkTable::default(), Instant::now(), (BackendId(1), 0));
         for _ in 0..10 {
             let _waits = table.offer(backend, &[0; 10], 100, Links::PerWorker, now);
         }

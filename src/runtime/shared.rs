@@ -53,10 +53,16 @@ pub(crate) enum NodeEvent {
 }
 
 impl Shared {
-    /// The worker that holds the link to a backend.
-    pub(crate) fn owner(&self, links: Links, backend: BackendId, asking: WorkerId) -> WorkerId {
+    /// The worker that holds a link to a backend. Several links to one are on several workers.
+    pub(crate) fn owner(
+        &self,
+        links: Links,
+        (backend, lane): (BackendId, u8),
+        asking: WorkerId,
+    ) -> WorkerId {
+        let place = backend.0.wrapping_add(u32::from(lane));
         match links {
-            Links::Single => WorkerId((backend.0 % u32::from(self.workers.max(1))) as u8),
+            Links::Single => WorkerId((place % u32::from(self.workers.max(1))) as u8),
             Links::PerWorker | Links::None => asking,
         }
     }

@@ -347,7 +347,7 @@ pub(crate) async fn serve<P: Protocol>(
             match connection.take_fate() {
                 Some(Fate::Bridge(stream)) => {
                     // A client's is counted by its task; a link's is not.
-                    let link = u32::from(matches!(connection.endpoint, Endpoint::Backend(_)));
+                    let link = u32::from(connection.endpoint.as_link().is_some());
                     host.shared.connections.fetch_add(link, Ordering::Relaxed);
                     bridge(host, &connection.stream, stream).await;
                     host.shared.connections.fetch_sub(link, Ordering::Relaxed);

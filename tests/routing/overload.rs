@@ -624,6 +624,7 @@ fn pool(backends: Vec<BackendSpec>) -> PoolSpec {
         debounce: Duration::ZERO,
         panic_percent: 0,
         needs_link: false,
+        connections: 1,
         send_proxy: strowger::routing::SendProxy::Off,
         tls: None,
         bind_keys: Vec::new(),

@@ -47,6 +47,7 @@ pub(crate) fn plain(backends: Vec<BackendSpec>) -> PoolSpec {
         debounce: Duration::ZERO,
         panic_percent: 0,
         needs_link: false,
+        connections: 1,
         send_proxy: strowger::routing::SendProxy::Off,
         tls: None,
         bind_keys: Vec::new(),

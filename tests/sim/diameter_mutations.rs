@@ -76,7 +76,7 @@ impl Bench {
             .unwrap_or_else(|errors| panic!("{errors}"));
         let _plan = core.apply(now, loaded.spec);
         let pool = core.pool_names().id("pool");
-        let backend = core.snapshot().linkable(pool).next().expect("a backend");
+        let (backend, _) = core.snapshot().linkable(pool).next().expect("a backend");
         let scope = Scope::<DiameterMatch> {
             listener: "d".into(),
             node: "edge".into(),

@@ -92,6 +92,13 @@ pub(crate) struct Site {
     pub(crate) drained: bool,
 }
 
+impl Site {
+    /// What it calls itself, as a Diameter node.
+    pub(crate) fn name(&self) -> String {
+        format!("{}-{}.example.net", self.id, self.generation)
+    }
+}
+
 /// A change of the pool or of an instance, to come.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Change {
@@ -148,6 +155,7 @@ pub(crate) fn pool_spec(
         debounce: Duration::from_secs(2),
         panic_percent: 0,
         needs_link: false,
+        connections: 1,
         send_proxy: strowger::routing::SendProxy::Off,
         tls: None,
         qos: strowger::routing::QosSpec::default(),
@@ -190,6 +198,8 @@ impl World {
             slow_start: Duration::from_secs(dice.below(2) * 5),
             panic_percent: [0, 50][dice.below(2) as usize],
             needs_link,
+            // Without a draw: seeds mean what they meant.
+            connections: if needs_link { 1 + (seed % 5 / 2) as u8 } else { 1 },
             ..pool_spec(POOL, Balance::Hash, "", Vec::new())
         };
         let pool = core.pool_names().id(POOL);
@@ -261,12 +271,17 @@ impl World {
             weight: site.weight,
             priority: 0,
             capacity: None,
-            identity: None,
+            identity: (self.spec.needs_link && self.seed.is_multiple_of(3)).then(|| site.name()),
             state: InstanceState::Ready,
         });
         self.spec.backends = wanted.collect();
         let spec = SnapshotSpec { pools: vec![self.spec.clone()], ..SnapshotSpec::default() };
         self.core.apply(self.now(), spec);
+    }
+
+    /// How many links are wanted to each instance.
+    pub(crate) fn connections(&self) -> u8 {
+        self.spec.connections
     }
 
     pub(crate) fn site_at(&self, address: SocketAddr) -> Option<usize> {

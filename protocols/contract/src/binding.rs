@@ -3,7 +3,7 @@
 //! A session that creates a binding (Diameter: a Gx CCR-I) notes all names of its subscriber; others
 //! (an Rx AAR that bears only an IP address) are led to the same instance by one of them.
 
-use crate::Keyer;
+use crate::{BackendId, Keyer};
 
 /// One name of a subscriber, hashed with the node's secret key.
 ///
@@ -68,4 +68,6 @@ pub struct PeerReport {
     pub capabilities: Vec<u32>,
     /// Diameter: its Origin-State-Id, if it told one.
     pub state_id: Option<u32>,
+    /// The backend whose link the connection is, though that backend opened it.
+    pub serves: Option<BackendId>,
 }

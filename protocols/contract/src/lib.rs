@@ -60,7 +60,7 @@ pub use engine::Engine;
 pub use facts::{Certificate, Credentials, Intake, Opened, Peek, PeerFacts, Proxied};
 pub use framing::{DatagramFramer, FrameError, Framer, Framing};
 pub use ids::{BackendId, ClassId, FlowId, Pin, PoolId, Ticket, WorkerId};
-pub use message::{CloseCause, Endpoint, Message, PeerChange, Transport};
+pub use message::{CloseCause, Endpoint, LANE_ACCEPTED, LANES_MAX, Message, PeerChange, Transport};
 pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
 pub use protocol::{
     ClassRule, Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope,
@@ -69,7 +69,7 @@ pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
 pub use resolve::{
     HOST_NAME_MAX, Lookup, LookupId, NameScheme, PLACES_MAX, Place, Transports, Unresolved,
 };
-pub use router::{BackendView, Link, PoolLoad, Router};
+pub use router::{BackendView, Lanes, Link, PoolLoad, Router};
 pub use session::{Keyer, SessionKey, stable_hash};
 pub use token::{Token, TokenKeys};
 pub use trace::Tracer;

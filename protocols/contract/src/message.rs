@@ -63,6 +63,9 @@ pub enum Endpoint {
     /// The stream link to a backend; opened when needed, or kept, as [`crate::Protocol::LINKS`]
     /// says. Any worker may send to it.
     Backend(BackendId),
+    /// A further link to a backend whose pool wants several `connections`, numbered from 1; the
+    /// first is [`Endpoint::Backend`].
+    Lane(BackendId, u8),
     /// A datagram socket of the engine's own, connected to one address by
     /// [`crate::Command::OpenOutward`]: what comes from there comes from this endpoint. The number is
     /// the engine's.
@@ -75,6 +78,31 @@ pub enum Endpoint {
         /// The other side's address.
         address: SocketAddr,
     },
+}
+
+/// Links to one backend, at most: RFC 6733 names no bound, and others stop at 64 per peer.
+pub const LANES_MAX: u8 = 16;
+
+/// The lane of a connection that the backend itself opened and that serves as its link (RFC 6733
+/// 5.6.4). Its endpoint is a [`Endpoint::Client`].
+pub const LANE_ACCEPTED: u8 = 31;
+
+impl Endpoint {
+    /// The link number `lane` to a backend.
+    #[must_use]
+    pub const fn link(backend: BackendId, lane: u8) -> Self {
+        if lane == 0 { Self::Backend(backend) } else { Self::Lane(backend, lane) }
+    }
+
+    /// Whose link it is, and which of them.
+    #[must_use]
+    pub const fn as_link(self) -> Option<(BackendId, u8)> {
+        match self {
+            Self::Backend(backend) => Some((backend, 0)),
+            Self::Lane(backend, lane) => Some((backend, lane)),
+            _ => None,
+        }
+    }
 }
 
 /// A whole message as it arrived.

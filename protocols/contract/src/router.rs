@@ -11,6 +11,8 @@ use crate::{
 /// What a stream link to a backend tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Link<'a> {
+    /// It is there, and whether it can be used is being found out.
+    Introducing,
     /// It can take requests. For protocols that introduce themselves: only after that.
     Up {
         /// What the backend calls itself (Diameter: its Origin-Host); empty if nothing.
@@ -41,10 +43,34 @@ pub struct BackendView<'a> {
     pub identity: Option<&'a str>,
     /// Requests under way at it, over all workers.
     pub in_flight: u32,
-    /// Whether its link takes requests now.
+    /// Whether its link takes requests now, or one of its links does.
     pub is_linked: bool,
-    /// Whether its link is dead: what it was sent and has not answered is lost.
-    pub is_link_down: bool,
+    /// How many links its pool wants to it.
+    pub connections: u8,
+    /// Where its links stand.
+    pub lanes: Lanes,
+    /// When it last answered a request, on any link.
+    pub answered: Option<Instant>,
+}
+
+/// Where the links to one backend stand: a bit for each lane ([`Endpoint::link`],
+/// [`crate::LANE_ACCEPTED`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lanes {
+    /// They take requests.
+    pub up: u32,
+    /// They are dead: what they were sent and have not answered is lost.
+    pub down: u32,
+    /// It is being found out whether they can be used.
+    pub introducing: u32,
+}
+
+impl Lanes {
+    /// The bit of a lane.
+    #[must_use]
+    pub const fn bit(lane: u8) -> u32 {
+        1 << (lane & 31)
+    }
 }
 
 /// How a pool fares, over about the last second: what neighbours that understand it (RFC 7339,
@@ -76,8 +102,14 @@ pub trait Router {
     }
 
     /// Tells of a backend's stream link. Backends of protocols with [`crate::Links::Single`] take
-    /// no message before their link is up.
-    fn link(&mut self, now: Instant, backend: BackendId, link: Link<'_>);
+    /// no message before their link is up, or one of their links. `lane` says which link it is: 0
+    /// where there is one only.
+    fn link(&mut self, now: Instant, backend: BackendId, lane: u8, link: Link<'_>);
+
+    /// Notes a number that grows when the backend starts anew (Diameter: its Origin-State-Id), as it
+    /// told it on any of its links; whether it grew. `fresh`: it was told by a new link, and one that
+    /// is smaller counts from now on.
+    fn note_start(&mut self, backend: BackendId, number: u32, fresh: bool) -> bool;
 
     /// Notes that a session lives on a backend; a session that was noted already is refreshed.
     /// Counted in the backend's sessions until forgotten or `ttl` after the last refresh.

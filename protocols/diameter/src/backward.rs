@@ -3,7 +3,8 @@
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, ClassId, Endpoint, Message, Note, Outbox, Outcome, RequestOutcome, Router,
+    BackendId, ClassId, Endpoint, LANE_ACCEPTED, Lanes, Message, Note, Outbox, Outcome,
+    RequestOutcome, Router,
 };
 
 use crate::answer::{error, result};
@@ -295,7 +296,8 @@ impl DiameterEngine {
         self.pending.recycle(pending.request);
     }
 
-    /// RFC 6733 5.5.4: what waits for a peer that is gone goes to another, with T.
+    /// RFC 6733 5.5.4: what waits for a connection that is gone goes over another one, with T: to the
+    /// same backend if it has more of them, else to another.
     pub(crate) fn fail_over_from(
         &mut self,
         now: Instant,
@@ -303,12 +305,22 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        let lost = Lanes::bit(lane_of(peer));
         for identifier in self.pending.find(|pending| pending.to == peer) {
             let Some(mut pending) = self.pending.remove(identifier) else { continue };
+            pending.resent = true;
+            if let Some(backend) = pending.backend
+                && self.may_try_again(now, &pending, router)
+                && let Some(to) = self.lane_to(backend, lost, router)
+            {
+                // It keeps its place at the backend.
+                out.note(Note::Retry("connection_lost"));
+                self.go_over(now, pending, (backend, to), router, out);
+                continue;
+            }
             if let Some(backend) = pending.backend.take() {
                 router.outcome(now, backend, Outcome::Lost);
             }
-            pending.resent = true;
             if let Err(pending) = self.go_elsewhere(now, pending, (None, "link_lost"), router, out)
             {
                 let what =
@@ -318,22 +330,25 @@ impl DiameterEngine {
         }
     }
 
-    /// Requests at backends whose links another worker found dead.
+    /// Requests over links that another worker found dead.
     pub(crate) fn fail_over_from_dead(
         &mut self,
         now: Instant,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let mut at: Vec<BackendId> = Vec::new();
+        let mut at: Vec<(BackendId, Endpoint)> = Vec::new();
         self.pending.each(|pending| {
-            if let Some(backend) = pending.backend.filter(|backend| !at.contains(backend)) {
-                at.push(backend);
+            if let Some(backend) = pending.backend
+                && !at.contains(&(backend, pending.to))
+            {
+                at.push((backend, pending.to));
             }
         });
-        for backend in at {
-            if router.backend(backend).is_some_and(|view| view.is_link_down) {
-                self.fail_over_from(now, Endpoint::Backend(backend), router, out);
+        for (backend, to) in at {
+            let lanes = router.backend(backend).map(|view| view.lanes);
+            if lanes.is_some_and(|lanes| lanes.down & Lanes::bit(lane_of(to)) != 0) {
+                self.fail_over_from(now, to, router, out);
             }
         }
     }
@@ -356,4 +371,9 @@ impl DiameterEngine {
         let what = (result::UNABLE_TO_DELIVER, "no answer came in time");
         self.give_up(now, pending, what, RequestOutcome::Expired, router, out);
     }
+}
+
+/// Which of a backend's links a request went over.
+fn lane_of(to: Endpoint) -> u8 {
+    to.as_link().map_or(LANE_ACCEPTED, |(_, lane)| lane)
 }

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use strowger_contract::{BackendId, Endpoint, Outbox, RequestOutcome, Router};
+use strowger_contract::{BackendId, Endpoint, FlowId, Outbox, RequestOutcome, Router};
 
 use crate::SPACE;
 use crate::answer::result;
+use crate::avp::Summary;
 use crate::engine::DiameterEngine;
 use crate::mediation::Applied;
 use crate::onward::place_of;
@@ -14,6 +15,31 @@ use crate::relay::Asked;
 use crate::rewrite;
 
 impl DiameterEngine {
+    /// Whether a request of a backend's is for other backends: it names one, or nobody. Nodes that are
+    /// both client and server, and relays, send such.
+    pub(crate) fn is_for_backends(
+        &mut self,
+        sender: BackendId,
+        summary: &Summary<'_>,
+        router: &dyn Router,
+    ) -> bool {
+        let host = summary.destination_host.filter(|host| !host.is_empty());
+        let Some(host) = host.filter(|host| !self.settings.is_us(host)) else { return true };
+        if self.client_called(host, router).is_some() {
+            return false;
+        }
+        let mut pools = self.settings.pools.iter();
+        let named = pools.find_map(|&pool| router.named(pool, host));
+        named.is_some_and(|named| named != sender)
+    }
+
+    /// The connection of a client, by its identity.
+    fn client_called(&mut self, host: &[u8], router: &dyn Router) -> Option<FlowId> {
+        self.lower.clear();
+        self.lower.extend(host.iter().map(u8::to_ascii_lowercase));
+        router.named_flow(router.keyer().session(SPACE + 1, &self.lower))
+    }
+
     pub(crate) fn towards_client(
         &mut self,
         now: Instant,
@@ -24,9 +50,7 @@ impl DiameterEngine {
         let (message, header, summary, class) =
             (asked.message, asked.header, &asked.summary, asked.class);
         let host = summary.destination_host.unwrap_or_default();
-        self.lower.clear();
-        self.lower.extend(host.iter().map(u8::to_ascii_lowercase));
-        let flow = router.named_flow(router.keyer().session(SPACE + 1, &self.lower));
+        let flow = self.client_called(host, router);
         let Some(flow) = flow.filter(|_| !host.is_empty()) else {
             let what =
                 (result::UNABLE_TO_DELIVER, "no client of that Destination-Host is connected");
@@ -35,6 +59,7 @@ impl DiameterEngine {
         let timeout = self.settings.answer_timeout(header, summary);
         let pending = Pending {
             origin: message.from,
+            sender: asked.sender,
             hop_by_hop: header.hop_by_hop,
             end_to_end: header.end_to_end,
             to: Endpoint::Client(flow),

@@ -182,7 +182,12 @@ impl Settings {
 pub struct DiameterEngine {
     pub(crate) settings: Settings,
     pub(crate) clients: HashMap<FlowId, Peer>,
-    pub(crate) backends: HashMap<BackendId, Peer>,
+    /// Links to backends that are here, by `Endpoint::link`.
+    pub(crate) backends: HashMap<(BackendId, u8), Peer>,
+    /// Those of them that are open, a bit each.
+    pub(crate) lanes_here: HashMap<BackendId, u32>,
+    /// Counts requests over links of which there are several.
+    pub(crate) turn: u32,
     pub(crate) pending: Pendings,
     pub(crate) wheel: Option<Wheel>,
     pub(crate) next_upkeep: Option<Instant>,
@@ -196,10 +201,8 @@ pub struct DiameterEngine {
     pub(crate) reports: Reports,
     pub(crate) redirects: Redirects,
     pub(crate) duplicates: Duplicates,
-    /// The Origin-State-Ids that backends told last, over connections.
-    pub(crate) states: HashMap<BackendId, u32>,
-    /// Backends whose connection was given up by the watchdog.
-    pub(crate) given_up: HashSet<BackendId>,
+    /// Links that were given up by the watchdog.
+    pub(crate) given_up: HashSet<(BackendId, u8)>,
     due: Vec<u64>,
     /// Spreads watchdogs.
     pub(crate) dice: u64,
@@ -213,6 +216,8 @@ impl DiameterEngine {
             settings,
             clients: HashMap::new(),
             backends: HashMap::new(),
+            lanes_here: HashMap::new(),
+            turn: 0,
             pending: Pendings::new(context.worker),
             wheel: None,
             next_upkeep: None,
@@ -224,7 +229,6 @@ impl DiameterEngine {
             reports: Reports::default(),
             redirects: Redirects::default(),
             duplicates: Duplicates::default(),
-            states: HashMap::new(),
             given_up: HashSet::new(),
             due: Vec::new(),
             dice: context.seed | 1,
@@ -240,8 +244,7 @@ impl DiameterEngine {
     pub(crate) fn peer(&mut self, endpoint: Endpoint) -> Option<&mut Peer> {
         match endpoint {
             Endpoint::Client(flow) => self.clients.get_mut(&flow),
-            Endpoint::Backend(backend) => self.backends.get_mut(&backend),
-            _ => None,
+            endpoint => self.backends.get_mut(&endpoint.as_link()?),
         }
     }
 
@@ -330,14 +333,10 @@ impl Engine for DiameterEngine {
                 self.begin(now, peer, (remote, local), None, router, out)
             }
             (Endpoint::Client(flow), PeerChange::Closed(_)) => {
-                self.on_client_gone(now, flow, router)
+                self.on_client_gone(now, flow, router, out)
             }
-            (Endpoint::Backend(backend), PeerChange::Closed(_)) => {
-                self.on_backend_gone(now, backend, router, out)
-            }
-            (Endpoint::Backend(backend), PeerChange::Retired) => {
-                self.on_retired(now, backend, router, out)
-            }
+            (link, PeerChange::Closed(_)) => self.on_link_gone(now, link, router, out),
+            (link, PeerChange::Retired) => self.on_retired(now, link, router, out),
             _ => {}
         }
     }

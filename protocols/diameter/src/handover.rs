@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use strowger_contract::handover::{Broken, read, write};
-use strowger_contract::{BackendId, Endpoint, FlowId, Message, Outbox, Router, Transport};
+use strowger_contract::{BackendId, Endpoint, FlowId, Link, Message, Outbox, Router, Transport};
 
 use crate::engine::DiameterEngine;
 use crate::overload::Reports;
@@ -17,24 +17,22 @@ use crate::pending::{Pending, TRIES_MAX};
 #[derive(Serialize)]
 struct Saved<'a> {
     clients: &'a HashMap<FlowId, Peer>,
-    backends: &'a HashMap<BackendId, Peer>,
+    backends: &'a HashMap<(BackendId, u8), Peer>,
     pending: Vec<(u32, &'a Pending)>,
     waiting: Vec<&'a Pending>,
     reports: &'a Reports,
-    states: &'a HashMap<BackendId, u32>,
-    given_up: &'a HashSet<BackendId>,
+    given_up: &'a HashSet<(BackendId, u8)>,
     end_to_end: u32,
 }
 
 #[derive(Deserialize)]
 struct Restored {
     clients: HashMap<FlowId, Peer>,
-    backends: HashMap<BackendId, Peer>,
+    backends: HashMap<(BackendId, u8), Peer>,
     pending: Vec<(u32, Pending)>,
     waiting: Vec<Pending>,
     reports: Reports,
-    states: HashMap<BackendId, u32>,
-    given_up: HashSet<BackendId>,
+    given_up: HashSet<(BackendId, u8)>,
     end_to_end: u32,
 }
 
@@ -53,7 +51,6 @@ impl DiameterEngine {
             pending: self.pending.all(),
             waiting: self.waiting.values().map(|pending| &**pending).collect(),
             reports: &self.reports,
-            states: &self.states,
             given_up: &self.given_up,
             end_to_end: self.end_to_end,
         })
@@ -86,9 +83,9 @@ impl DiameterEngine {
             }
         }
         (self.clients, self.backends) = (saved.clients, saved.backends);
-        (self.reports, self.states) = (saved.reports, saved.states);
+        self.reports = saved.reports;
         (self.given_up, self.end_to_end) = (saved.given_up, saved.end_to_end);
-        self.introduce_peers(now, router);
+        self.introduce_peers(now, router, out);
         for pending in saved.waiting {
             self.ask_again(now, &pending, router, out);
         }
@@ -97,10 +94,18 @@ impl DiameterEngine {
     }
 
     /// Tells the core and operators of the peers.
-    fn introduce_peers(&mut self, now: Instant, router: &mut dyn Router) {
+    fn introduce_peers(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {
         let clients = self.clients.keys().map(|&flow| Endpoint::Client(flow));
-        let backends = self.backends.keys().map(|&backend| Endpoint::Backend(backend));
-        for endpoint in clients.chain(backends).collect::<Vec<_>>() {
+        let links = self.backends.keys().map(|&(backend, lane)| Endpoint::link(backend, lane));
+        for endpoint in clients.chain(links).collect::<Vec<_>>() {
+            if let (Some(link), Some(State::Introducing)) =
+                (self.link_of(endpoint), self.peer(endpoint).map(|peer| peer.state))
+            {
+                self.set_link(now, link, Link::Introducing, router);
+            }
+            if let (Endpoint::Client(_), Some(_)) = (endpoint, self.link_of(endpoint)) {
+                out.proven(endpoint);
+            }
             match self.peer(endpoint).map(|peer| peer.state) {
                 Some(State::Open) => self.open(now, endpoint, router),
                 Some(_) => self.report(endpoint, router),

@@ -9,7 +9,9 @@
 //! | [`dictionary`] | names of applications, commands and AVPs, from files |
 //! | [`decode`] | messages in words |
 //! | `naming` | what names in configurations mean |
-//! | `peer` | CER, DWR, DPR with clients and backends |
+//! | `peer` | where clients and backends stand, and which link is taken |
+//! | `capabilities` | CER and CEA; elections |
+//! | `goodbye` | DPR, and connections that are gone |
 //! | `watchdog` | who is alive, who owes answers, goodbyes |
 //! | `pending` | requests under way, by Hop-by-Hop identifier |
 //! | `relay` | what comes in: checks, and whose it is |
@@ -26,6 +28,7 @@ mod answer;
 pub mod avp;
 mod backward;
 pub mod build;
+mod capabilities;
 mod classify;
 mod clientward;
 pub mod decode;
@@ -33,6 +36,7 @@ pub mod dictionary;
 mod duplicates;
 mod engine;
 pub mod frame;
+mod goodbye;
 mod handover;
 mod matching;
 pub mod mediation;

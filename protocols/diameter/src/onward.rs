@@ -60,7 +60,7 @@ impl DiameterEngine {
         if let Some(of_session) = of_session {
             class = classify::inherited(class, of_session, router);
         }
-        let asked = &Asked { class, message, header, summary: asked.summary };
+        let asked = &Asked { class, message, header, summary: asked.summary, sender: asked.sender };
         let summary = &asked.summary;
         if !self.may_enter(now, asked, router) {
             out.note(Note::Count("diameter_ingress_limit"));
@@ -114,6 +114,7 @@ impl DiameterEngine {
         };
         let pending = Pending {
             origin: message.from,
+            sender: asked.sender,
             hop_by_hop: header.hop_by_hop,
             end_to_end: header.end_to_end,
             to: message.from,
@@ -385,10 +386,13 @@ impl DiameterEngine {
     ) -> Choice {
         let tries = usize::from(pending.tries).min(TRIES_MAX);
         let Some(pool) = pending.pool else { return Choice::No(Refusal::NoBackend) };
-        let mut passed = [BackendId(0); TRIES_MAX + 1 + PASSED_MAX];
+        let mut passed = [BackendId(0); TRIES_MAX + 2 + PASSED_MAX];
         passed[..tries].copy_from_slice(&pending.tried[..tries]);
-        let first = tries + usize::from(but.is_some());
-        passed[tries] = but.unwrap_or(BackendId(0));
+        let mut first = tries;
+        for one in [but, pending.sender].into_iter().flatten() {
+            passed[first] = one;
+            first += 1;
+        }
         for count in first..=first + PASSED_MAX {
             let query = Query {
                 pool,
@@ -415,7 +419,7 @@ impl DiameterEngine {
                     *place = route.backend;
                 }
                 Verdict::Wait(ticket) => return Choice::Wait(ticket),
-                Verdict::Refuse(_) if count > tries => return Choice::No(BUSY),
+                Verdict::Refuse(_) if count > first || but.is_some() => return Choice::No(BUSY),
                 Verdict::Refuse(refusal) => return Choice::No(refusal),
             }
         }
@@ -473,8 +477,22 @@ impl DiameterEngine {
     pub(crate) fn go(
         &mut self,
         now: Instant,
-        mut pending: Pending,
+        pending: Pending,
         backend: BackendId,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        // Without a link it finds out on its way, and goes elsewhere.
+        let to = self.lane_to(backend, 0, router).unwrap_or(Endpoint::Backend(backend));
+        self.go_over(now, pending, (backend, to), router, out);
+    }
+
+    /// Sends a request over one of a backend's links.
+    pub(crate) fn go_over(
+        &mut self,
+        now: Instant,
+        mut pending: Pending,
+        (backend, to): (BackendId, Endpoint),
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
@@ -483,7 +501,7 @@ impl DiameterEngine {
         }
         pending.tries += 1;
         pending.backend = Some(backend);
-        pending.to = Endpoint::Backend(backend);
+        pending.to = to;
         pending.sent = now;
         if let (Some(session), Some(pool)) = (pending.session, pending.pool) {
             // Before the answer: the session's next request may come before it.
@@ -493,7 +511,7 @@ impl DiameterEngine {
                 router.keep_bound(now, session, ttl);
             }
         }
-        let (class, expires, to) = (pending.class, pending.expires, pending.to);
+        let (class, expires) = (pending.class, pending.expires);
         let from = self.identity_of(pending.origin).unwrap_or_default();
         let limit = self.settings.options.max_pending;
         let doic = self.settings.options.overload.doic;
@@ -540,9 +558,7 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) -> Result<(), Box<Pending>> {
-        let tries = usize::from(pending.tries);
-        let few = tries <= usize::from(router.class(pending.class).retry) && tries < TRIES_MAX;
-        if pending.fixed || !few || pending.expires <= now {
+        if pending.fixed || !self.may_try_again(now, &pending, router) {
             return Err(Box::new(pending));
         }
         // What no other server can answer is not asked of it.
@@ -559,6 +575,18 @@ impl DiameterEngine {
             Choice::No(_) => return Err(Box::new(pending)),
         }
         Ok(())
+    }
+
+    /// Whether a request that was lost may be sent once more.
+    pub(crate) fn may_try_again(
+        &self,
+        now: Instant,
+        pending: &Pending,
+        router: &dyn Router,
+    ) -> bool {
+        let tries = usize::from(pending.tries);
+        let few = tries <= usize::from(router.class(pending.class).retry) && tries < TRIES_MAX;
+        few && pending.expires > now
     }
 
     /// The router refuses a request.

@@ -48,6 +48,10 @@ pub struct DiameterOptions {
     pub peers: Vec<String>,
     /// Connections that one client identity may have.
     pub peer_connections: u32,
+    /// A backend that connects itself, by its Origin-Host, is held against our own connection to it:
+    /// one of the two stays and serves both ways (RFC 6733 5.6.4). Off: its connection is a client's,
+    /// beside ours.
+    pub election: bool,
     /// No client is let in before so many backends are open.
     pub wait_for_backends: u32,
     /// How long an answer is waited for before the client is told that there is none.
@@ -183,6 +187,7 @@ impl Default for DiameterOptions {
             stalled: Span::millis(0),
             peers: Vec::new(),
             peer_connections: 64,
+            election: true,
             wait_for_backends: 0,
             answer_timeout: Span::secs(10),
             answer_timeouts: Vec::new(),

@@ -29,6 +29,8 @@ const SLOTS_RESTING: usize = 1_024;
 pub(crate) struct Pending {
     /// Who asked, and its own identifier.
     pub(crate) origin: Endpoint,
+    /// The backend that asked, if one has: it does not get its request back.
+    pub(crate) sender: Option<BackendId>,
     pub(crate) hop_by_hop: u32,
     pub(crate) end_to_end: u32,
     /// Who was asked.

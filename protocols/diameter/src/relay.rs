@@ -20,6 +20,8 @@ pub(crate) struct Asked<'a> {
     pub(crate) header: &'a Header,
     pub(crate) summary: Summary<'a>,
     pub(crate) class: ClassId,
+    /// The backend that it came from, if it came from one.
+    pub(crate) sender: Option<BackendId>,
 }
 
 impl DiameterEngine {
@@ -134,10 +136,14 @@ impl DiameterEngine {
         if summary.route_recorded && self.has_looped(message.bytes) {
             return no((result::LOOP_DETECTED, "this node is in the Route-Record"), None);
         }
-        let asked = Asked { message, header, summary, class };
-        if let Endpoint::Backend(_) = message.from {
+        let sender = self.link_of(message.from).map(|(backend, _)| backend);
+        if let Some(sender) = sender
+            && !self.is_for_backends(sender, &summary, router)
+        {
+            let asked = Asked { message, header, summary, class, sender: Some(sender) };
             return self.towards_client(now, &asked, router, out);
         }
+        let asked = Asked { message, header, summary, class, sender };
         self.towards_backend(now, &asked, router, out);
     }
 

@@ -23,9 +23,9 @@ impl DiameterEngine {
     ) {
         let clients: Vec<Endpoint> =
             self.clients.keys().map(|&flow| Endpoint::Client(flow)).collect();
-        let backends: Vec<Endpoint> =
-            self.backends.keys().map(|&backend| Endpoint::Backend(backend)).collect();
-        for endpoint in clients.into_iter().chain(backends) {
+        let links: Vec<Endpoint> =
+            self.backends.keys().map(|&(backend, lane)| Endpoint::link(backend, lane)).collect();
+        for endpoint in clients.into_iter().chain(links) {
             self.look_after(now, endpoint, router, out);
         }
     }
@@ -85,23 +85,23 @@ impl DiameterEngine {
 
     /// Whether nothing of a client's, or nothing at a backend, is under way.
     fn is_idle(&self, peer: Endpoint, router: &dyn Router) -> bool {
-        match peer {
-            Endpoint::Backend(backend) => {
-                // Clients go first: as long as one is here, it may still ask.
-                self.clients.is_empty()
-                    && router.backend(backend).is_none_or(|view| view.in_flight == 0)
-            }
-            client => {
-                self.pending.find(|pending| pending.origin == client).is_empty()
-                    && self.waiting.values().all(|pending| pending.origin != client)
+        if let Some((backend, _)) = self.link_of(peer) {
+            // Clients go first: as long as one is here, it may still ask.
+            let clients = self.clients.values().any(|peer| peer.serves.is_none());
+            let owes = router.backend(backend).is_some_and(|view| view.in_flight > 0);
+            if clients || owes {
+                return false;
             }
         }
+        !matches!(peer, Endpoint::Client(_))
+            || self.pending.find(|pending| pending.origin == peer).is_empty()
+                && self.waiting.values().all(|pending| pending.origin != peer)
     }
 
     /// The peer is given up; if it comes back, it must prove itself.
     fn drop_dead(&mut self, endpoint: Endpoint, out: &mut Outbox) {
-        if let Endpoint::Backend(backend) = endpoint {
-            self.given_up.insert(backend);
+        if let Some(link) = endpoint.as_link() {
+            self.given_up.insert(link);
         }
         out.close(endpoint, Closing::Reset);
     }
@@ -109,17 +109,21 @@ impl DiameterEngine {
     /// Whether a backend has owed answers for too long, on any worker, and given none.
     fn is_stalled(&mut self, now: Instant, endpoint: Endpoint, router: &dyn Router) -> bool {
         let limit = self.settings.options.stalled.0;
-        let Endpoint::Backend(backend) = endpoint else { return false };
+        let Some((backend, _)) = self.link_of(endpoint) else { return false };
         if limit.is_zero() {
             return false;
         }
-        let owes = router.backend(backend).is_some_and(|view| view.in_flight > 0);
+        let view = router.backend(backend);
+        let owes = view.is_some_and(|view| view.in_flight > 0);
+        // Of several links one may have nothing to answer: any answer shows that the backend works.
+        let elsewhere = view.filter(|view| view.connections > 1).and_then(|view| view.answered);
         let Some(peer) = self.peer(endpoint) else { return false };
         if !owes {
             peer.owes = None;
             return false;
         }
         let since = (*peer.owes.get_or_insert(now)).max(peer.answered);
+        let since = elsewhere.map_or(since, |answered| since.max(answered));
         now.saturating_duration_since(since) >= limit
     }
 
@@ -147,7 +151,7 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let Endpoint::Backend(backend) = endpoint else {
+        let Some((backend, lane)) = self.link_of(endpoint) else {
             return out.close(endpoint, Closing::Reset);
         };
         let options = &self.settings.options;
@@ -157,7 +161,7 @@ impl DiameterEngine {
             peer.stalled_until = (why == "diameter_stalled").then_some(again);
         }
         // Not only `Suspect`: other workers see by it that what they sent there is lost.
-        router.link(now, backend, Link::Down(CloseCause::Idle));
+        self.set_link(now, (backend, lane), Link::Down(CloseCause::Idle), router);
         self.report(endpoint, router);
         out.event(Level::Warn, why, || {
             router.backend(backend).map(|view| view.name.to_owned()).unwrap_or_default()

@@ -33,7 +33,10 @@ impl ClientFlow {
         match from {
             Endpoint::Client(_) => Some(Self { endpoint: from, transport, epoch }),
             Endpoint::Datagram { .. } => Some(Self { endpoint: from, transport, epoch: 0 }),
-            Endpoint::Backend(_) | Endpoint::Remote { .. } | Endpoint::Outward(_) => None,
+            Endpoint::Backend(_)
+            | Endpoint::Lane(..)
+            | Endpoint::Remote { .. }
+            | Endpoint::Outward(_) => None,
         }
     }
 
@@ -129,7 +132,10 @@ impl ClientFlow {
                 hex(bits as u32, 8, out);
                 hex(self.epoch, 8, out);
             }
-            Endpoint::Backend(_) | Endpoint::Remote { .. } | Endpoint::Outward(_) => {}
+            Endpoint::Backend(_)
+            | Endpoint::Lane(..)
+            | Endpoint::Remote { .. }
+            | Endpoint::Outward(_) => {}
         }
     }
 
@@ -178,7 +184,10 @@ impl ClientFlow {
             Endpoint::Client(client) => {
                 stable_hash(&client.to_bits().to_be_bytes()) ^ u64::from(flow.epoch)
             }
-            Endpoint::Backend(_) | Endpoint::Remote { .. } | Endpoint::Outward(_) => 0,
+            Endpoint::Backend(_)
+            | Endpoint::Lane(..)
+            | Endpoint::Remote { .. }
+            | Endpoint::Outward(_) => 0,
         };
         stable_hash(&number.to_be_bytes()).rotate_left(flow.transport as u32)
     }

@@ -286,7 +286,7 @@ fn pool(spec: &PoolSpec, fed: Option<&DnsPoolSettings>) -> Shown {
         ("drain", map([("deadline", time(spec.drain_deadline))])),
         ("debounce", time(spec.debounce)),
         ("panic_percent", number(spec.panic_percent)),
-        ("panic_percent", number(spec.panic_percent)),
+        ("connections", number(spec.connections)),
         ("bind_keys", Shown::List(spec.bind_keys.iter().map(|key| text(key)).collect())),
         ("send_proxy", text(word(&SEND_PROXY, spec.send_proxy))),
         ("tls", spec.tls.as_ref().map_or_else(null, |tls| client_tls(tls))),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use strowger_contract::Transport;
+use strowger_contract::{LANES_MAX, Transport};
 
 use super::endpoint::endpoint;
 use super::read::{Fields, Reader};
@@ -68,7 +68,7 @@ impl RawPool {
 
 /// Reads one pool.
 pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<PoolSpec> {
-    const KEYS: [&str; 15] = [
+    const KEYS: [&str; 16] = [
         "balance",
         "bounded_load",
         "session",
@@ -81,6 +81,7 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
         "backends",
         "qos",
         "bind_keys",
+        "connections",
         "tls",
         "send_proxy",
         "dns",
@@ -97,6 +98,8 @@ pub(super) fn pool(reader: &mut Reader, entry: &Entry, path: &str) -> Option<Poo
     outlier(reader, &fields, &mut pool.health);
     set(&mut pool.slow_start, fields.duration(reader, "slow_start"));
     set(&mut pool.debounce, fields.duration(reader, "debounce"));
+    let connections = fields.number(reader, "connections", 1, u64::from(LANES_MAX));
+    set(&mut pool.connections, connections.map(|count| count as u8));
     let percent = fields.number(reader, "panic_percent", 0, 100);
     set(&mut pool.panic_percent, percent.map(|percent| percent as u8));
     if let Some(node) = fields.get("drain") {
@@ -173,6 +176,7 @@ fn default_pool(name: &str) -> PoolSpec {
         debounce: Duration::from_secs(1),
         panic_percent: 10,
         needs_link: false,
+        connections: 1,
         send_proxy: SendProxy::Off,
         tls: None,
         bind_keys: Vec::new(),

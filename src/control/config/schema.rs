@@ -44,6 +44,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "qos": map(json!({ "policy": { "enum": ["deadline", "fifo"] }, "adaptive": { "type": "boolean" } })),
         "slow_start": duration, "debounce": duration, "panic_percent": number(0, 100),
         "drain": map(json!({ "deadline": duration })),
+        "connections": number(1, u64::from(strowger_contract::LANES_MAX)),
         "bind_keys": { "type": "array", "items": { "enum": bind_keys } },
         "dns": { "type": "object", "additionalProperties": false, "required": ["name", "transport"], "properties": { "name": { "type": "string" }, "port": { "anyOf": [number(1, 65_535), { "type": "null" }] }, "transport": words(&DNS_TRANSPORTS), "grace": duration } },
         "send_proxy": words(&SEND_PROXY),

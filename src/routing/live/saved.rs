@@ -27,6 +27,7 @@ pub(in crate::routing) struct SavedLive {
     favour_until: u64,
     load: u32,
     by_load: u32,
+    start: u32,
 }
 
 impl BackendLive {
@@ -50,6 +51,7 @@ impl BackendLive {
             favour_until: self.favour_until.load(Relaxed),
             load: self.load.load(Relaxed),
             by_load: self.by_load.load(Relaxed),
+            start: self.start.load(Relaxed),
         }
     }
 
@@ -72,5 +74,6 @@ impl BackendLive {
         self.favour_until.store(saved.favour_until, Relaxed);
         self.load.store(saved.load, Relaxed);
         self.by_load.store(saved.by_load, Relaxed);
+        self.start.store(saved.start, Relaxed);
     }
 }

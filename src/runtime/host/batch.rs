@@ -15,6 +15,7 @@ use super::{CUT_OFF_FACTOR, Dial, Host, State, context};
 use crate::observe::Direction;
 use crate::routing::Grant;
 use crate::runtime::datagram::DatagramPort;
+use crate::runtime::link::LinkId;
 use crate::runtime::mailbox::Mail;
 use crate::runtime::resolve::Answer;
 use crate::runtime::shared::NodeEvent;
@@ -269,15 +270,20 @@ impl<P: Protocol> Batch<'_, P> {
                 });
             }
             Command::Close(peer, how) => self.close(*peer, *how),
-            Command::HoldOff(Endpoint::Backend(backend), lasting) => {
-                self.state.links.hold_off(*backend, self.now + *lasting);
+            Command::HoldOff(peer, lasting) => {
+                if let Some(link) = peer.as_link() {
+                    self.state.links.hold_off(link, self.now + *lasting);
+                }
             }
-            Command::Proven(Endpoint::Backend(backend)) => {
-                if let Some(connection) = self.state.links.open(*backend) {
+            Command::Proven(peer) => {
+                let connection = match peer {
+                    Endpoint::Client(flow) => self.state.flows.get(*flow).cloned(),
+                    peer => peer.as_link().and_then(|link| self.state.links.open(link)),
+                };
+                if let Some(connection) = connection {
                     connection.proven.set(true);
                 }
             }
-            Command::HoldOff(..) | Command::Proven(_) => {}
             Command::Resolve { id, lookup, host } => self.resolve(*id, lookup, out.bytes(host)),
             Command::OpenOutward(number, to) => self.open_outward(*number, *to),
             Command::Splice(flow, backend, limits) => {
@@ -310,14 +316,13 @@ impl<P: Protocol> Batch<'_, P> {
             Endpoint::Client(flow) if flow.worker() != self.host.worker => {
                 self.send_afar(flow.worker(), frame, out)
             }
-            Endpoint::Backend(backend)
-                if self.host.shared.owner(P::LINKS, backend, self.host.worker)
-                    != self.host.worker =>
-            {
-                let owner = self.host.shared.owner(P::LINKS, backend, self.host.worker);
-                self.send_afar(owner, frame, out);
+            to => {
+                let here = self.host.worker;
+                match to.as_link().map(|link| self.host.shared.owner(P::LINKS, link, here)) {
+                    Some(owner) if owner != here => self.send_afar(owner, frame, out),
+                    _ => self.deliver(to, out.bytes(&frame.bytes), here),
+                }
             }
-            to => self.deliver(to, out.bytes(&frame.bytes), self.host.worker),
         }
     }
 
@@ -355,7 +360,8 @@ impl<P: Protocol> Batch<'_, P> {
                     self.tell_sender(sender, to, CloseCause::End);
                 }
             },
-            Endpoint::Backend(backend) => self.deliver_to_backend(backend, bytes, sender),
+            Endpoint::Backend(backend) => self.deliver_to_link((backend, 0), bytes, sender),
+            Endpoint::Lane(backend, lane) => self.deliver_to_link((backend, lane), bytes, sender),
             Endpoint::Remote { transport, address } => {
                 self.deliver_to_remote(transport, address, bytes)
             }
@@ -365,19 +371,20 @@ impl<P: Protocol> Batch<'_, P> {
         }
     }
 
-    fn deliver_to_backend(&mut self, backend: BackendId, bytes: &[u8], sender: WorkerId) {
+    fn deliver_to_link(&mut self, link: LinkId, bytes: &[u8], sender: WorkerId) {
         use crate::runtime::link::Offer;
+        let (backend, lane) = link;
         let limit = CUT_OFF_FACTOR * self.host.queued_bytes_max.get();
-        match self.state.links.offer(backend, bytes, limit, P::LINKS, self.now) {
+        match self.state.links.offer(link, bytes, limit, P::LINKS, self.now) {
             Offer::Open(connection) => self.push(&connection, bytes),
             Offer::Waits => self.see_waiting(backend, bytes),
             Offer::Dial => {
                 self.see_waiting(backend, bytes);
-                self.state.dials.push(Dial::Backend(backend));
+                self.state.dials.push(Dial::Link(link));
             }
             Offer::Down(cause) => {
                 self.state.metrics.send_failed("link_down");
-                self.tell_sender(sender, Endpoint::Backend(backend), cause);
+                self.tell_sender(sender, Endpoint::link(backend, lane), cause);
             }
         }
     }
@@ -459,12 +466,13 @@ impl<P: Protocol> Batch<'_, P> {
                 return self.post(flow.worker(), &[], |_| Mail::Close(peer, how));
             }
             Endpoint::Client(flow) => self.state.flows.get(flow).cloned(),
-            Endpoint::Backend(backend) => {
-                let owner = self.host.shared.owner(P::LINKS, backend, self.host.worker);
+            Endpoint::Backend(_) | Endpoint::Lane(..) => {
+                let Some(link) = peer.as_link() else { return };
+                let owner = self.host.shared.owner(P::LINKS, link, self.host.worker);
                 if owner != self.host.worker {
                     return self.post(owner, &[], |_| Mail::Close(peer, how));
                 }
-                self.state.links.open(backend)
+                self.state.links.open(link)
             }
             Endpoint::Remote { transport, address } => {
                 self.state.remotes.get(&(transport, address)).cloned()

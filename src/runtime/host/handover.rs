@@ -10,9 +10,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::handover::by_clock;
-use strowger_contract::{
-    BackendId, Endpoint, Engine, FlowId, Links, PeerFacts, Protocol, Transport,
-};
+use strowger_contract::{Endpoint, Engine, FlowId, Links, PeerFacts, Protocol, Transport};
 use tokio::net::{TcpStream, UnixStream};
 
 use super::{Begun, Dial, Host, Next, State};
@@ -21,6 +19,7 @@ use crate::runtime::handover::{
     Giver, Legacy, SavedCut, SavedFlow, SavedLetter, SavedStage, clock,
 };
 use crate::runtime::intake::TakenIn;
+use crate::runtime::link::LinkId;
 use crate::runtime::mailbox::{Letters, Mail};
 use crate::runtime::socket::Stream;
 use crate::runtime::splice::{Relay, bridge};
@@ -34,7 +33,7 @@ pub(crate) enum Inherited<P: Protocol> {
     /// It goes on.
     Begun(Begun<P>),
     /// It is a link to a backend.
-    Link(BackendId, Rc<Connection>),
+    Link(LinkId, Rc<Connection>),
 }
 
 /// The other ends of connections whose TLS stays here, until it is known whether they go.
@@ -59,8 +58,8 @@ impl<P: Protocol> Host<P> {
         for (number, remote, port) in state.outwards.all() {
             giver.outward(number, remote, port.fd())?;
         }
-        for (backend, waiting) in state.links.waiting() {
-            giver.dial(Endpoint::Backend(backend), waiting)?;
+        for ((backend, lane), waiting) in state.links.waiting() {
+            giver.dial(Endpoint::link(backend, lane), waiting)?;
         }
         for ((transport, address), waiting) in &state.dialing {
             let (transport, address) = (*transport, *address);
@@ -166,8 +165,12 @@ impl<P: Protocol> Host<P> {
         let mut state = self.cell.borrow_mut();
         for (to, waiting) in dials {
             match to {
-                Endpoint::Backend(backend) if state.links.await_link(backend, &waiting) => {
-                    state.dials.push(Dial::Backend(backend));
+                Endpoint::Backend(_) | Endpoint::Lane(..) => {
+                    if let Some(link) = to.as_link()
+                        && state.links.await_link(link, &waiting)
+                    {
+                        state.dials.push(Dial::Link(link));
+                    }
                 }
                 Endpoint::Remote { transport, address } => {
                     state.dialing.insert((transport, address), waiting);
@@ -222,12 +225,8 @@ impl<P: Protocol> Host<P> {
                     Endpoint::Client(flow) => {
                         self.begun(flow, connection, Next::Cut(Vec::new())).map(Inherited::Begun)
                     }
-                    Endpoint::Backend(backend) => {
-                        // It was used already.
-                        connection.proven.set(true);
-                        self.state().links.inherit(backend, Rc::clone(&connection));
-                        Ok(Inherited::Link(backend, connection))
-                    }
+                    Endpoint::Backend(backend) => self.enter_link((backend, 0), connection),
+                    Endpoint::Lane(backend, lane) => self.enter_link((backend, lane), connection),
                     _ => Err(io::ErrorKind::InvalidData.into()),
                 }
             }
@@ -244,6 +243,13 @@ impl<P: Protocol> Host<P> {
     /// The frames of a connection that another process had.
     fn frames_of(&self, unfinished: &[u8]) -> Box<WebSocket> {
         Box::new(WebSocket::resumed(&self.state().spec.websocket, unfinished))
+    }
+
+    fn enter_link(&self, link: LinkId, connection: Rc<Connection>) -> io::Result<Inherited<P>> {
+        // It was used already.
+        connection.proven.set(true);
+        self.state().links.inherit(link, Rc::clone(&connection));
+        Ok(Inherited::Link(link, connection))
     }
 
     fn begun(

@@ -18,8 +18,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Intake,
-    LookupId, Note, Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
+    CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Intake, LookupId, Note,
+    Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::runtime::datagram::DatagramPort;
 use crate::runtime::handover::Giver;
 use crate::runtime::intake::TakenIn;
-use crate::runtime::link::LinkTable;
+use crate::runtime::link::{LinkId, LinkTable};
 use crate::runtime::mailbox::Letters;
 use crate::runtime::resolve::Answer;
 use crate::runtime::shared::{NodeEvent, Shared, SourcePlace};
@@ -128,8 +128,8 @@ enum Next<P: Protocol> {
 /// A connection that a task is to open.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Dial {
-    /// To a backend.
-    Backend(BackendId),
+    /// A link to a backend.
+    Link(LinkId),
     /// To somebody else.
     Remote(Transport, SocketAddr),
 }
@@ -252,7 +252,7 @@ impl<P: Protocol> Host<P> {
         if progress.written > 0 {
             state.metrics.sent(0, progress.written as u64);
         }
-        if let Endpoint::Backend(backend) = connection.endpoint {
+        if let Some((backend, _)) = connection.endpoint.as_link() {
             let limit = self.queued_bytes_max.get();
             let congested = connection.congested.get();
             if !congested && progress.queued > limit || congested && progress.queued < limit / 2 {
@@ -389,7 +389,12 @@ impl<P: Protocol> Host<P> {
             }
             state.metrics.connection_closed(cause);
         }
-        self.tell(Endpoint::Client(flow), PeerChange::Closed(cause));
+        let (peer, change) = (Endpoint::Client(flow), PeerChange::Closed(cause));
+        self.tell(peer, change);
+        if connection.proven.get() {
+            // It served as a backend's link: what other workers sent there is lost.
+            self.shared.tell_others(self.worker, peer, change);
+        }
     }
 
     /// A dialed remote is open: what waited for it goes out.

@@ -1,4 +1,8 @@
-//! Diameter: clients with charging sessions and single requests, servers behind links, two workers.
+//! Diameter: clients with charging sessions and single requests, servers behind one or more links,
+//! two workers. Some servers open connections themselves, which are then their links (RFC 6733 5.6.4).
+
+mod links;
+mod parties;
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
@@ -8,11 +12,10 @@ use strowger::routing::CoreRouter;
 use strowger_contract::duration::Span;
 use strowger_contract::handover::{Clock, by_clock};
 use strowger_contract::{
-    BackendId, CloseCause, Command, Context, Endpoint, Engine, FlowId, Link as Word, LocalSocket,
-    Message, Outbox, PeerChange, Protocol, Router, Scope, Transport, WorkerId,
+    BackendId, CloseCause, Command, Context, Endpoint, Engine, FlowId, LocalSocket, Message,
+    Outbox, PeerChange, Protocol, Scope, Transport, WorkerId,
 };
-use strowger_diameter::avp::{FLAG_ERROR, FLAG_PROXIABLE, FLAG_REQUEST, Header, Summary, code};
-use strowger_diameter::build::Builder;
+use strowger_diameter::avp::{Header, Summary};
 use strowger_diameter::{Diameter, DiameterEngine, DiameterMatch, DiameterOptions};
 
 use crate::world::{Change, MS, Queue, SECOND, World, dice_for};
@@ -36,7 +39,7 @@ enum Event {
         life: Option<(usize, u64)>,
     },
     ToSite {
-        backend: BackendId,
+        over: Endpoint,
         site: usize,
         life: u64,
         bytes: Vec<u8>,
@@ -46,18 +49,20 @@ enum Event {
         bytes: Vec<u8>,
     },
     Answer {
-        backend: BackendId,
+        over: Endpoint,
         site: usize,
         life: u64,
         bytes: Vec<u8>,
     },
-    Opened(BackendId),
+    Opened(Endpoint),
     Closed {
-        backend: BackendId,
+        over: Endpoint,
         cause: CloseCause,
         only: Option<usize>,
     },
-    Cut(BackendId),
+    Cut(Endpoint),
+    /// This server, or any, opens a connection itself.
+    Dial(Option<usize>),
     Next {
         session: u64,
     },
@@ -71,12 +76,22 @@ struct Worker {
 }
 
 struct Link {
+    backend: BackendId,
     site: usize,
     life: u64,
     count: u64,
     there: u64,
     back: u64,
     retired: bool,
+    /// The edge lets it serve as the server's link.
+    serves: bool,
+}
+
+/// Tells links apart for dice.
+fn place_of(over: Endpoint) -> [u8; 8] {
+    let (backend, lane) = over.as_link().unwrap_or((BackendId(0), 0));
+    let flow = if let Endpoint::Client(flow) = over { flow.to_bits() } else { 0 };
+    (flow << 8 ^ u64::from(backend.0) ^ u64::from(lane) << 32).to_le_bytes()
 }
 
 /// A client's session: so many requests, one after the other.
@@ -96,8 +111,12 @@ struct Sim {
     queue: Queue<Event>,
     workers: Vec<Worker>,
     out: Outbox,
-    links: BTreeMap<BackendId, Link>,
-    paused: HashMap<BackendId, u64>,
+    /// By the endpoint that the edge knows them by: its own, and those that servers opened.
+    links: BTreeMap<Endpoint, Link>,
+    paused: HashMap<Endpoint, u64>,
+    /// Connections that servers opened, so far.
+    dialed: u32,
+    served: u64,
     sessions: Vec<Session>,
     /// By client and Hop-by-Hop identifier: the session.
     waiting: HashMap<(usize, u32), u64>,
@@ -112,8 +131,12 @@ fn edge() -> SocketAddr {
     EDGE.parse().expect("an address")
 }
 
-fn owner(backend: BackendId) -> usize {
-    backend.0 as usize % WORKERS
+fn owner(over: Endpoint) -> usize {
+    match (over, over.as_link()) {
+        (Endpoint::Client(flow), _) => usize::from(flow.worker().0),
+        (_, Some((backend, lane))) => (backend.0 as usize + usize::from(lane)) % WORKERS,
+        _ => panic!("{over:?} is no link"),
+    }
 }
 
 fn flow(client: usize) -> FlowId {
@@ -170,6 +193,8 @@ pub(crate) fn simulate(seed: u64) {
         out: Outbox::new(),
         links: BTreeMap::new(),
         paused: HashMap::new(),
+        dialed: 0,
+        served: 0,
         sessions: Vec::new(),
         waiting: HashMap::new(),
         answered: HashSet::new(),
@@ -187,6 +212,7 @@ pub(crate) fn simulate(seed: u64) {
         sim.queue.push(at, Event::Next { session });
     }
     sim.queue.push(SECOND, Event::Change(Change::Any));
+    sim.queue.push(2 * SECOND, Event::Dial(None));
     sim.queue.push(100 * MS, Event::Tick);
     sim.run();
     sim.check();
@@ -266,14 +292,18 @@ impl Sim {
                     let message: Handed = (*from, *transport, *remote, *local, *arrived, bytes);
                     handed.push_back((usize::from(to.0), message));
                 }
-                Command::Close(Endpoint::Backend(backend), _) => {
-                    self.queue.push(self.world.us + MS, Event::Cut(*backend));
+                Command::Close(over, _) => {
+                    self.queue.push(self.world.us + MS, Event::Cut(*over));
                 }
-                Command::HoldOff(Endpoint::Backend(backend), lasting) => {
+                Command::HoldOff(over, lasting) => {
                     let until = self.world.us + lasting.as_micros() as u64;
-                    self.paused.insert(*backend, until);
+                    self.paused.insert(*over, until);
                 }
-                Command::Proven(Endpoint::Backend(_)) => {}
+                Command::Proven(over) => {
+                    if let (Endpoint::Client(_), Some(link)) = (over, self.links.get_mut(over)) {
+                        self.served += u64::from(!std::mem::replace(&mut link.serves, true));
+                    }
+                }
                 other => panic!("{other:?}"),
             }
         }
@@ -293,7 +323,7 @@ impl Sim {
         let header = Header::read(bytes).expect("a message");
         self.world.say(|| format!("  edge.{worker} > {to:?}: {header:?}"));
         match to {
-            Endpoint::Client(flow) => {
+            Endpoint::Client(flow) if (flow.slot() as usize) < CLIENTS => {
                 let client = flow.slot() as usize;
                 if header.application != 0 && !header.is_request() {
                     let key = (client, header.hop_by_hop);
@@ -304,29 +334,28 @@ impl Sim {
                 let event = Event::ToClient { client, bytes: bytes.to_vec() };
                 self.queue.push(self.to_client[client], event);
             }
-            Endpoint::Backend(backend) => {
-                if header.application != 0 && header.is_request() {
+            over => {
+                let (seed, now) = (self.world.seed, self.world.us);
+                let backend = self.links.get(&over).map(|link| link.backend);
+                let backend = backend.or_else(|| over.as_link().map(|(backend, _)| backend));
+                if header.application != 0
+                    && header.is_request()
+                    && let Some(backend) = backend
+                {
                     self.check_session(worker, backend, bytes, &header);
                 }
-                let seed = self.world.seed;
-                let now = self.world.us;
-                let Some(link) = self.links.get_mut(&backend) else {
-                    let event = Event::Closed {
-                        backend,
-                        cause: CloseCause::Unreachable,
-                        only: Some(worker),
-                    };
+                let Some(link) = self.links.get_mut(&over) else {
+                    let cause = CloseCause::Unreachable;
+                    let event = Event::Closed { over, cause, only: Some(worker) };
                     return self.queue.push(now + 1, event);
                 };
                 link.count += 1;
-                let flight =
-                    dice_for(seed, &backend.0.to_le_bytes(), link.count).between(MS, 15 * MS);
+                let flight = dice_for(seed, &place_of(over), link.count).between(MS, 15 * MS);
                 link.there = link.there.max(now + flight);
                 let (site, life) = (link.site, link.life);
-                self.queue
-                    .push(link.there, Event::ToSite { backend, site, life, bytes: bytes.to_vec() });
+                let event = Event::ToSite { over, site, life, bytes: bytes.to_vec() };
+                self.queue.push(link.there, event);
             }
-            other => panic!("sent to {other:?}"),
         }
     }
 
@@ -356,8 +385,8 @@ impl Sim {
     fn happen(&mut self, event: Event) {
         match event {
             Event::ToEdge { worker, from, remote, bytes, life } => {
-                if let (Some((_, life)), Endpoint::Backend(backend)) = (life, from)
-                    && self.links.get(&backend).is_none_or(|link| link.life != life)
+                if let Some((_, life)) = life
+                    && self.links.get(&from).is_none_or(|link| link.life != life)
                 {
                     return;
                 }
@@ -376,43 +405,51 @@ impl Sim {
                     engine.on_message(now, message, router, out);
                 });
             }
-            Event::ToSite { backend, site, life, bytes } => {
+            Event::ToSite { over, site, life, bytes } => {
                 let known = &self.world.sites[site];
                 if known.alive && known.life == life {
-                    self.at_site(backend, site, life, &bytes);
+                    self.at_site(over, site, life, &bytes);
                 }
             }
-            Event::Answer { backend, site, life, bytes } => {
-                self.site_sends(backend, site, life, bytes)
-            }
+            Event::Answer { over, site, life, bytes } => self.site_sends(over, site, life, bytes),
             Event::ToClient { client, bytes } => self.at_client(client, &bytes),
-            Event::Opened(backend) => {
-                let Some(link) = self.links.get(&backend) else { return };
+            Event::Opened(over) => {
+                let Some(link) = self.links.get(&over) else { return };
                 let remote = self.world.sites[link.site].address;
-                self.world.say(|| format!("  link {backend:?} open to {remote}"));
+                self.world.say(|| format!("  link {over:?} open to {remote}"));
                 let change =
                     PeerChange::Opened { remote, local: edge(), transport: Transport::Tcp };
-                self.call(owner(backend), &mut |engine, now, router, out| {
-                    engine.on_peer(now, Endpoint::Backend(backend), change, router, out);
+                self.call(owner(over), &mut |engine, now, router, out| {
+                    engine.on_peer(now, over, change, router, out);
                 });
             }
-            Event::Closed { backend, cause, only } => {
-                self.world.say(|| format!("  link {backend:?} closed: {cause:?} {only:?}"));
-                for worker in (0..WORKERS).filter(|worker| only.is_none_or(|only| only == *worker))
-                {
+            Event::Closed { over, cause, only } => {
+                self.world.say(|| format!("  link {over:?} closed: {cause:?} {only:?}"));
+                // First where it was.
+                let first = owner(over);
+                for worker in (0..WORKERS).map(|worker| (first + worker) % WORKERS) {
+                    if only.is_some_and(|only| only != worker) {
+                        continue;
+                    }
                     self.call(worker, &mut |engine, now, router, out| {
-                        let change = PeerChange::Closed(cause);
-                        engine.on_peer(now, Endpoint::Backend(backend), change, router, out);
+                        engine.on_peer(now, over, PeerChange::Closed(cause), router, out);
                     });
                 }
             }
-            Event::Cut(backend) => self.cut(backend, CloseCause::Local),
+            Event::Cut(over) => self.cut(over, CloseCause::Local),
+            Event::Dial(site) => self.dial(site),
             Event::Next { session } => self.ask(session),
             Event::Change(change) => {
                 if matches!(change, Change::Any) && self.world.us > TRAFFIC + 30 * SECOND {
                     return;
                 }
                 let (later, dead) = self.world.change(change);
+                if let Change::Start(site) = change {
+                    // About when the edge tries again.
+                    let mut dice = dice_for(self.world.seed, b"dials", self.world.us);
+                    let at = self.world.us + dice.between(1, 100) * 10 * MS;
+                    self.queue.push(at, Event::Dial(Some(site)));
+                }
                 for (wait, change) in later {
                     self.queue.push(self.world.us + wait, Event::Change(change));
                 }
@@ -427,210 +464,15 @@ impl Sim {
                     self.world.say(|| format!("    {event:?}"));
                 }
                 self.keep_links();
+                self.check_links();
                 self.maybe_upgrade();
                 self.queue.push(self.world.us + 100 * MS, Event::Tick);
             }
         }
     }
 
-    fn cut_dead(&mut self) {
-        let sites = &self.world.sites;
-        let dead = |link: &Link| !sites[link.site].alive || sites[link.site].life != link.life;
-        let dead: Vec<BackendId> =
-            self.links.iter().filter(|(_, link)| dead(link)).map(|(backend, _)| *backend).collect();
-        for backend in dead {
-            self.cut(backend, CloseCause::Reset);
-        }
-    }
-
-    fn cut(&mut self, backend: BackendId, cause: CloseCause) {
-        if self.links.remove(&backend).is_some() {
-            self.paused.insert(backend, self.world.us + SECOND / 2);
-            let now = self.world.now();
-            self.workers[owner(backend)].router.link(now, backend, Word::Down(cause));
-            self.happen(Event::Closed { backend, cause, only: None });
-        }
-    }
-
-    /// What the runtime does: a link to each that is wanted, a goodbye to each that is not.
-    fn keep_links(&mut self) {
-        let snapshot = self.world.core.snapshot();
-        let wanted: Vec<BackendId> = snapshot.linkable(self.world.pool).collect();
-        for &backend in &wanted {
-            let paused = self.paused.get(&backend).is_some_and(|&until| until > self.world.us);
-            if self.links.contains_key(&backend) || paused {
-                continue;
-            }
-            let spec = &snapshot.backend(backend).expect("it is wanted").spec;
-            let at = self.world.site_at(spec.address).expect("a site");
-            let site = &self.world.sites[at];
-            if site.alive && site.generation == spec.generation {
-                let now = self.world.us;
-                let link = Link {
-                    site: at,
-                    life: site.life,
-                    count: site.life << 32,
-                    there: now,
-                    back: now,
-                    retired: false,
-                };
-                self.links.insert(backend, link);
-                self.queue.push(now, Event::Opened(backend));
-            }
-        }
-        let mut unwanted = Vec::new();
-        for (backend, link) in &mut self.links {
-            if !wanted.contains(backend) && !std::mem::replace(&mut link.retired, true) {
-                unwanted.push(*backend);
-            }
-        }
-        for backend in unwanted {
-            self.queue.push(self.world.us + 5 * SECOND, Event::Cut(backend));
-            self.call(owner(backend), &mut |engine, now, router, out| {
-                engine.on_peer(now, Endpoint::Backend(backend), PeerChange::Retired, router, out);
-            });
-        }
-    }
-
-    fn connect(&mut self, client: usize) {
-        let (endpoint, remote) = (Endpoint::Client(flow(client)), client_at(client));
-        self.call(client % WORKERS, &mut |engine, now, router, out| {
-            let change = PeerChange::Opened { remote, local: edge(), transport: Transport::Tcp };
-            engine.on_peer(now, endpoint, change, router, out);
-        });
-        let mut bytes = Vec::new();
-        Builder::new(&mut bytes, FLAG_REQUEST, CAPABILITIES, 0, 1, 1)
-            .text(code::ORIGIN_HOST, &format!("client{client}.example.net"))
-            .text(code::ORIGIN_REALM, "example.net")
-            .number(code::AUTH_APPLICATION_ID, u32::MAX)
-            .finish();
-        self.client_sends(client, bytes);
-    }
-
-    fn client_sends(&mut self, client: usize, bytes: Vec<u8>) {
-        let event = Event::ToEdge {
-            worker: client % WORKERS,
-            from: Endpoint::Client(flow(client)),
-            remote: client_at(client),
-            bytes,
-            life: None,
-        };
-        self.queue.push(self.world.us + MS, event);
-    }
-
-    fn ask(&mut self, number: u64) {
-        let session = &mut self.sessions[number as usize];
-        session.asked += 1;
-        self.requests += 1;
-        let (identifier, client) = (self.requests as u32 + 1_000, session.client);
-        let kind = match session.asked {
-            1 => 1,
-            last if last == session.requests => 3,
-            _ => 2,
-        };
-        let (command, application) =
-            if session.requests == 1 { (UPDATE_LOCATION, 16_777_251) } else { (CREDIT_CONTROL, 4) };
-        let mut bytes = Vec::new();
-        Builder::request(&mut bytes, command, application, identifier, identifier)
-            .text(code::SESSION_ID, &format!("client{client}.example.net;1;{number}"))
-            .text(code::ORIGIN_HOST, &format!("client{client}.example.net"))
-            .text(code::ORIGIN_REALM, "example.net")
-            .text(code::DESTINATION_REALM, "example.net")
-            .number(code::CC_REQUEST_TYPE, kind)
-            .finish();
-        self.waiting.insert((client, identifier), number);
-        self.client_sends(client, bytes);
-    }
-
-    fn at_client(&mut self, client: usize, bytes: &[u8]) {
-        let header = Header::read(bytes).expect("a message");
-        if header.application == 0 {
-            if header.is_request() {
-                assert_eq!(header.command, WATCHDOG);
-                let mut answer = Vec::new();
-                Builder::new(&mut answer, 0, WATCHDOG, 0, header.hop_by_hop, header.end_to_end)
-                    .number(code::RESULT_CODE, 2_001)
-                    .finish();
-                self.client_sends(client, answer);
-            }
-            return;
-        }
-        assert_eq!(header.hop_by_hop, header.end_to_end, "the asker's identifiers come back");
-        let number = self.waiting.remove(&(client, header.hop_by_hop)).expect("it was asked");
-        let session = &self.sessions[number as usize];
-        if session.asked < session.requests {
-            let wait = self.world.dice.between(50 * MS, 6 * SECOND);
-            self.queue.push(self.world.us + wait, Event::Next { session: number });
-        }
-    }
-
-    fn at_site(&mut self, backend: BackendId, site: usize, life: u64, bytes: &[u8]) {
-        let header = Header::read(bytes).expect("a message");
-        if !header.is_request() {
-            return;
-        }
-        let known = &self.world.sites[site];
-        let mut dice =
-            dice_for(self.world.seed, &header.end_to_end.to_le_bytes(), site as u64 + life);
-        let base = header.application == 0;
-        let (wait, result) = match dice.below(100) {
-            _ if base => (0, 2_001),
-            0..4 => return,
-            4..10 => (dice.below(20 * MS), 3_004),
-            10..14 => (dice.between(9 * SECOND, 14 * SECOND), 2_001),
-            14..18 => (dice.below(SECOND), 5_012),
-            _ => (dice.below(300 * MS), 2_001),
-        };
-        let flags =
-            if base { 0 } else { FLAG_PROXIABLE } | if result == 3_004 { FLAG_ERROR } else { 0 };
-        let mut answer = Vec::new();
-        let mut builder = Builder::new(
-            &mut answer,
-            flags,
-            header.command,
-            header.application,
-            header.hop_by_hop,
-            header.end_to_end,
-        );
-        if let Some(session) = Summary::of(bytes).session_id {
-            builder = builder.bytes(code::SESSION_ID, session);
-        }
-        builder
-            .number(code::RESULT_CODE, result)
-            .text(code::ORIGIN_HOST, &format!("{}-{}.example.net", known.id, known.generation))
-            .text(code::ORIGIN_REALM, "example.net")
-            .number(code::AUTH_APPLICATION_ID, u32::MAX)
-            .finish();
-        self.queue.push(self.world.us + wait, Event::Answer { backend, site, life, bytes: answer });
-        if header.command == DISCONNECT {
-            self.queue.push(self.world.us + 20 * MS, Event::Cut(backend));
-        }
-    }
-
-    fn site_sends(&mut self, backend: BackendId, site: usize, life: u64, bytes: Vec<u8>) {
-        let known = &self.world.sites[site];
-        let (now, remote) = (self.world.us, known.address);
-        if !known.alive || known.life != life {
-            return;
-        }
-        let Some(link) = self.links.get_mut(&backend).filter(|link| link.life == life) else {
-            return;
-        };
-        link.count += 1;
-        let flight =
-            dice_for(self.world.seed, &backend.0.to_be_bytes(), link.count).between(MS, 15 * MS);
-        link.back = link.back.max(now + flight);
-        let event = Event::ToEdge {
-            worker: owner(backend),
-            from: Endpoint::Backend(backend),
-            remote,
-            bytes,
-            life: Some((site, life)),
-        };
-        self.queue.push(link.back, event);
-    }
-
     fn check(&mut self) {
+        self.world.say(|| format!("{} connections of servers served", self.served));
         assert!(self.waiting.is_empty(), "never answered: {:?}", self.waiting);
         self.world.check_sums();
         for worker in &self.workers {

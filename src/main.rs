@@ -304,6 +304,7 @@ async fn run(
     upgrade: Option<Upgrade>,
     upgrade_drain: Duration,
 ) -> Result<()> {
+    take_descriptors();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let next = upgrade.is_some().then(|| signal(SignalKind::user_defined2())).transpose()?;
@@ -344,6 +345,18 @@ async fn run(
     watchdog.abort();
     tracing::info!("ended");
     Ok(())
+}
+
+/// Takes as many descriptors as the hard limit allows: the usual soft limit, 1,024, is there for programs
+/// that call select(2), and is some 500 raw flows.
+fn take_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    if current != maximum
+        && let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+    {
+        tracing::warn!("the limit of open files stays at {current:?}: {error}");
+    }
 }
 
 /// SIGUSR2 starts the program anew as this process's child, from whatever its file is by now and with

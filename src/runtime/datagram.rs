@@ -69,6 +69,9 @@ impl DatagramPort {
     pub(crate) fn outward(to: SocketAddr) -> io::Result<Self> {
         let socket = Socket::new(Domain::for_address(to), Type::DGRAM, Some(Protocol::UDP))?;
         socket.set_nonblocking(true)?;
+        if super::descriptors::is_one_of_the_last(socket.as_fd()) {
+            return Err(rustix::io::Errno::MFILE.into());
+        }
         socket.connect(&to.into())?;
         Self::with_batch(socket.into(), 0, OUTWARD_BATCH)
     }

@@ -183,6 +183,7 @@ impl<P: Protocol> RunningListener for Running<P> {
 
     fn stop(&self) {
         self.host.stop.cancel();
+        self.host.unpark_all();
         self.host.kick_all();
     }
 
@@ -305,7 +306,7 @@ fn go_on<P: Protocol>(
 }
 
 /// Runs a task of the listener until the listener stops, or another process has it.
-fn spawn<P: Protocol>(
+pub(crate) fn spawn<P: Protocol>(
     host: &Rc<Host<P>>,
     task: impl Future<Output = ()> + 'static,
 ) -> JoinHandle<()> {
@@ -419,6 +420,9 @@ async fn accept<P: Protocol>(host: Rc<Host<P>>, listener: TcpListener, transport
     loop {
         saturated(&host).await;
         match listener.accept().await {
+            Ok((stream, _)) if is_short(&host, stream.as_fd()) => {
+                super::socket::Stream::Tcp(stream).reset_on_close();
+            }
             Ok((stream, remote)) => take_in(&host, stream, remote, transport),
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -443,6 +447,7 @@ async fn accept_unix<P: Protocol>(host: Rc<Host<P>>, listener: UnixListener, loc
     loop {
         saturated(&host).await;
         match listener.accept().await {
+            Ok((stream, _)) if is_short(&host, stream.as_fd()) => {}
             Ok((stream, _)) => {
                 let Some(place) = place(&host) else { continue };
                 let number = host.shared.unix_clients.fetch_add(1, Ordering::Relaxed);
@@ -464,6 +469,16 @@ async fn saturated<P: Protocol>(host: &Rc<Host<P>>) {
     while host.state().engine.is_saturated() || host.shared.core.stops_accepting() {
         tokio::time::sleep(SATURATED_PAUSE).await;
     }
+}
+
+/// Whether it is one of the last descriptors: those are for what is there already.
+fn is_short<P: Protocol>(host: &Rc<Host<P>>, fd: BorrowedFd<'_>) -> bool {
+    let short = super::descriptors::is_one_of_the_last(fd);
+    if short {
+        host.state().metrics.connection_rejected();
+        host.count("descriptors_short");
+    }
+    short
 }
 
 /// A place among the listener's connections, if there is one.
@@ -497,6 +512,15 @@ fn take_in<P: Protocol>(
     });
 }
 
+/// Goes on with a connection that was parked.
+pub(crate) fn resume<P: Protocol>(host: &Rc<Host<P>>, begun: Begun<P>, place: Taken) {
+    let host = Rc::clone(host);
+    tokio::task::spawn_local(async move {
+        let _alarm = host.alarm();
+        host.serve(Box::new(begun), place).await;
+    });
+}
+
 /// Serves a connection in a task of its own. All that comes before it is idle is in a box that goes
 /// when it is: a handshake's memory must not stay with the connection.
 fn serve<P: Protocol>(
@@ -509,14 +533,13 @@ fn serve<P: Protocol>(
     tokio::task::spawn_local(async move {
         let _alarm = host.alarm();
         if let Some(begun) = begin.await {
-            host.serve(begun).await;
+            host.serve(begun, place).await;
         }
-        drop(place);
     });
 }
 
 /// A place among the listener's connections; given back however the task ends.
-struct Taken(Arc<Shared>);
+pub(crate) struct Taken(Arc<Shared>);
 
 impl Drop for Taken {
     fn drop(&mut self) {

@@ -16,6 +16,8 @@
 //! | `websocket` | messages in WebSocket frames |
 //! | `socket` | one stream, whatever it runs over |
 //! | `datagram`, `stream`, `splice` | the three ways that bytes come and go |
+//! | `way` | one direction of `splice` |
+//! | `descriptors` | which of them are kept back |
 //! | `link` | streams to backends |
 //! | `mailbox`, `shared` | what workers have in common |
 //! | `resolve` | where names lead, as workers ask it |
@@ -23,6 +25,7 @@
 
 mod bind;
 mod datagram;
+mod descriptors;
 mod fleet;
 mod gather;
 pub(crate) mod handover;
@@ -39,6 +42,7 @@ mod socket;
 mod splice;
 mod stream;
 pub(crate) mod sys;
+mod way;
 mod websocket;
 mod worker;
 

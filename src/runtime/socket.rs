@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 use std::io::{self, Read as _, Write as _};
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -144,6 +144,37 @@ impl Stream {
         match self {
             Self::Tcp(stream) => Some(stream.as_fd()),
             Self::Unix(stream) => Some(stream.as_fd()),
+            Self::Tls(_) => None,
+        }
+    }
+
+    /// The descriptor itself, no longer watched, where nothing of the stream is kept in this process.
+    pub(crate) fn into_plain(self) -> Option<OwnedFd> {
+        match self {
+            Self::Tcp(stream) => stream.into_std().ok().map(OwnedFd::from),
+            Self::Unix(stream) => stream.into_std().ok().map(OwnedFd::from),
+            Self::Tls(_) => None,
+        }
+    }
+
+    /// The reverse of [`Stream::into_plain`].
+    pub(crate) fn of_plain(fd: OwnedFd, unix: bool) -> io::Result<Self> {
+        Ok(if unix {
+            Self::Unix(UnixStream::from_std(fd.into())?)
+        } else {
+            Self::Tcp(TcpStream::from_std(fd.into())?)
+        })
+    }
+
+    /// Runs a system call on the plain socket; `None` for TLS.
+    pub(crate) fn try_io<R>(
+        &self,
+        interest: Interest,
+        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>,
+    ) -> Option<io::Result<R>> {
+        match self {
+            Self::Tcp(stream) => Some(stream.try_io(interest, || call(stream.as_fd()))),
+            Self::Unix(stream) => Some(stream.try_io(interest, || call(stream.as_fd()))),
             Self::Tls(_) => None,
         }
     }

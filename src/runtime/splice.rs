@@ -22,15 +22,16 @@ use tokio::net::UnixStream;
 use tokio::time::{Sleep, sleep_until};
 
 use super::handover::{Joined, SavedRelay, SavedWay};
-use super::host::Host;
+use super::host::{Host, SWEEP_EVERY};
 use super::intake::keep_watch;
 use super::link::open;
 use super::socket::Stream;
 use super::stream::Connection;
+use super::way::{Direction, interest, pass};
 use crate::routing::SendProxy;
 
-/// Reads from one side before the other has its turn.
-const READS_PER_TURN: usize = 4;
+/// A flow that would be over within so long keeps its own timer.
+const PARKED_AT_LEAST: Duration = SWEEP_EVERY.saturating_mul(4);
 
 /// Waits for the engine's wish and joins the flow; `Err` if it ended before.
 pub(crate) async fn join<P: Protocol>(
@@ -102,36 +103,6 @@ async fn dial<P: Protocol>(
     Ok(stream)
 }
 
-/// One direction.
-#[derive(Default)]
-struct Direction {
-    /// Read and not yet taken by the other side.
-    rest: Vec<u8>,
-    written: usize,
-    /// The reading side has ended.
-    ended: bool,
-    /// The end was passed on.
-    shut: bool,
-}
-
-impl Direction {
-    fn is_blocked(&self) -> bool {
-        self.written < self.rest.len()
-    }
-}
-
-/// What a side is waited for: `from` it, and `to` it.
-fn interest(from: &Direction, to: &Direction, stream: &Stream) -> Option<Interest> {
-    let reads = !from.ended && !from.is_blocked();
-    let writes = to.is_blocked() || stream.has_unsent();
-    match (reads, writes) {
-        (true, true) => Some(Interest::READABLE | Interest::WRITABLE),
-        (true, false) => Some(Interest::READABLE),
-        (false, true) => Some(Interest::WRITABLE),
-        (false, false) => None,
-    }
-}
-
 /// A joined flow. While it is idle this is all that it holds, and so there are no futures in it that
 /// a poll can do without, and one timer for all its limits.
 pub(crate) struct Relay<P: Protocol> {
@@ -141,9 +112,13 @@ pub(crate) struct Relay<P: Protocol> {
     backend_id: BackendId,
     idle: Duration,
     half_closed: Duration,
+    park: Duration,
+    by_pipe: bool,
     up: Direction,
     down: Direction,
     last_moved: Instant,
+    /// When this process, or this task, began with it.
+    taken_up: Instant,
     /// When the flow ends at the latest.
     ends: Option<Instant>,
     timer: Option<Pin<Box<Sleep>>>,
@@ -165,9 +140,12 @@ impl<P: Protocol> Relay<P> {
             backend_id,
             idle: limits.idle,
             half_closed: limits.half_closed,
-            up: Direction { rest: early, ..Direction::default() },
+            park: limits.park,
+            by_pipe: limits.by_pipe,
+            up: Direction::holding(early),
             down: Direction::default(),
             last_moved: now,
+            taken_up: now,
             ends: (!limits.session.is_zero()).then(|| now + limits.session),
             timer: None,
         })
@@ -192,12 +170,6 @@ impl<P: Protocol> Relay<P> {
         backend: Stream,
         saved: SavedRelay,
     ) -> Rc<RefCell<Self>> {
-        let way = |saved: SavedWay| Direction {
-            rest: saved.rest,
-            written: 0,
-            ended: saved.ended,
-            shut: saved.shut,
-        };
         Self::entered(Self {
             host: Rc::clone(host),
             client: Rc::clone(client),
@@ -205,44 +177,75 @@ impl<P: Protocol> Relay<P> {
             backend_id: saved.backend,
             idle: saved.idle,
             half_closed: saved.half_closed,
-            up: way(saved.up),
-            down: way(saved.down),
+            park: saved.park,
+            by_pipe: saved.by_pipe,
+            up: Direction::restored(saved.up),
+            down: Direction::restored(saved.down),
             last_moved: saved.last_moved,
+            taken_up: Instant::now(),
             ends: saved.ends,
             timer: None,
         })
     }
 
-    /// Relays until the flow ends; why it ended.
-    pub(crate) async fn run(this: Rc<RefCell<Self>>) -> CloseCause {
+    /// One that was idle and is no more.
+    pub(crate) fn woken(
+        host: &Rc<Host<P>>,
+        client: &Rc<Connection>,
+        backend: Stream,
+        quiet: Quiet,
+    ) -> Rc<RefCell<Self>> {
+        Self::restored(host, client, backend, quiet.saved())
+    }
+
+    /// Of an idle flow: its streams, and what is to be remembered. `None` if somebody else has a handle
+    /// of it.
+    pub(crate) fn take_apart(relay: Rc<RefCell<Self>>) -> Option<(Rc<Connection>, Stream, Quiet)> {
+        let relay = Rc::into_inner(relay)?.into_inner();
+        let quiet = Quiet {
+            backend: relay.backend_id,
+            unix: matches!(relay.backend, Stream::Unix(_)),
+            by_pipe: relay.by_pipe,
+            idle: relay.idle,
+            half_closed: relay.half_closed,
+            park: relay.park,
+            last_moved: relay.last_moved,
+            ends: relay.ends,
+        };
+        Some((relay.client, relay.backend, quiet))
+    }
+
+    /// Relays until the flow ends, or is idle.
+    pub(crate) async fn run(this: &Rc<RefCell<Self>>) -> Ran {
         // It may have stopped meanwhile.
         this.borrow().client.kick();
         // What the client sent before is the first to go.
         {
             let mut relay = this.borrow_mut();
             if relay.up.is_blocked() && relay.turn().is_err() {
-                return relay.reset(CloseCause::Reset);
+                return Ran::Ended(relay.reset(CloseCause::Reset));
             }
         }
         std::future::poll_fn(|context| this.borrow_mut().poll(context)).await
     }
 
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<CloseCause> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ran> {
+        let ended = |cause| Poll::Ready(Ran::Ended(cause));
         loop {
             if self.up.shut && self.down.shut {
-                return Poll::Ready(CloseCause::End);
+                return ended(CloseCause::End);
             }
             let mut woken = self.client.poll_kicked(context).is_ready();
             if woken && self.client.has_left() {
-                return Poll::Ready(CloseCause::Local);
+                return ended(CloseCause::Local);
             }
             if woken && self.client.is_closing() {
                 self.reset_backend();
-                return Poll::Ready(self.client.finish());
+                return ended(self.client.finish());
             }
             // A listener that stops kicks all its connections.
             if woken && self.host.stop.is_cancelled() {
-                return Poll::Ready(self.reset(CloseCause::Shutdown));
+                return ended(self.reset(CloseCause::Shutdown));
             }
             let sides =
                 [(&self.client.stream, self.interest(true)), (&self.backend, self.interest(false))];
@@ -250,24 +253,34 @@ impl<P: Protocol> Relay<P> {
                 let Some(interest) = interest else { continue };
                 match stream.poll_ready(context, interest) {
                     Poll::Ready(Ok(())) => woken = true,
-                    Poll::Ready(Err(_)) => return Poll::Ready(self.reset(CloseCause::Reset)),
+                    Poll::Ready(Err(_)) => return ended(self.reset(CloseCause::Reset)),
                     Poll::Pending => {}
                 }
             }
-            if woken && self.turn().is_err() {
-                return Poll::Ready(self.reset(CloseCause::Reset));
-            }
             if !woken {
                 return self.poll_time(context);
+            }
+            match self.turn() {
+                Err(_) => return ended(self.reset(CloseCause::Reset)),
+                Ok(false) => {}
+                Ok(true) => {
+                    // There is more. Other flows have their turn first.
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
             }
         }
     }
 
     /// Ready when one of the flow's limits is over; until then the timer is armed.
-    fn poll_time(&mut self, context: &mut Context<'_>) -> Poll<CloseCause> {
+    fn poll_time(&mut self, context: &mut Context<'_>) -> Poll<Ran> {
         loop {
             let silent = self.silence().map(|silence| self.last_moved + silence);
-            let Some(deadline) = [silent, self.ends].into_iter().flatten().min() else {
+            let end = [silent, self.ends].into_iter().flatten().min();
+            let parks = self.parks().filter(|parks| {
+                end.is_none_or(|end| end.saturating_duration_since(*parks) >= PARKED_AT_LEAST)
+            });
+            let Some(deadline) = parks.or(end) else {
                 self.timer = None;
                 return Poll::Pending;
             };
@@ -281,7 +294,10 @@ impl<P: Protocol> Relay<P> {
                 return Poll::Pending;
             }
             if deadline <= tokio::time::Instant::now() {
-                return Poll::Ready(self.reset(CloseCause::Idle));
+                return Poll::Ready(match parks {
+                    Some(_) => Ran::Idle,
+                    None => Ran::Ended(self.reset(CloseCause::Idle)),
+                });
             }
             timer.as_mut().reset(deadline);
         }
@@ -296,18 +312,36 @@ impl<P: Protocol> Relay<P> {
         }
     }
 
+    /// When it is to be parked, if nothing passes until then.
+    fn parks(&self) -> Option<Instant> {
+        let plain = |stream: &Stream| stream.plain_fd().is_some();
+        let clear = |way: &Direction| !way.ended && !way.is_blocked();
+        let can = !self.park.is_zero()
+            && clear(&self.up)
+            && clear(&self.down)
+            && plain(&self.client.stream)
+            && plain(&self.backend);
+        // Whoever was woken must have the time to see why.
+        can.then(|| self.last_moved.max(self.taken_up) + self.park)
+    }
+
     fn silence(&self) -> Option<Duration> {
         let half = self.up.ended || self.down.ended;
         let limit = if half && !self.half_closed.is_zero() { self.half_closed } else { self.idle };
         (!limit.is_zero()).then(|| self.host.shared.core.idle(limit))
     }
 
-    fn turn(&mut self) -> io::Result<()> {
+    /// Moves what there is, within bounds; whether there is more.
+    fn turn(&mut self) -> io::Result<bool> {
         let mut scratch = self.host.scratch.borrow_mut();
+        let mut pipes = self.by_pipe.then(|| self.host.pipes.borrow_mut());
+        let mut pipes = pipes.as_deref_mut();
         self.client.stream.flush()?;
         self.backend.flush()?;
-        let up = pass(&self.client.stream, &self.backend, &mut self.up, &mut scratch)?;
-        let down = pass(&self.backend, &self.client.stream, &mut self.down, &mut scratch)?;
+        let (client, backend) = (&self.client.stream, &self.backend);
+        let (up, more_up) =
+            pass(client, backend, &mut self.up, &mut scratch, pipes.as_deref_mut())?;
+        let (down, more_down) = pass(backend, client, &mut self.down, &mut scratch, pipes)?;
         drop(scratch);
         if up + down > 0 {
             self.last_moved = Instant::now();
@@ -318,7 +352,7 @@ impl<P: Protocol> Relay<P> {
             // An end is something that happened, too: the half-closed time starts with it.
             self.last_moved = self.last_moved.max(Instant::now() - Duration::from_millis(1));
         }
-        Ok(())
+        Ok(more_up || more_down)
     }
 
     /// Ends both sides at once.
@@ -333,25 +367,68 @@ impl<P: Protocol> Relay<P> {
     }
 }
 
+/// How a relay's task ended.
+pub(crate) enum Ran {
+    Ended(CloseCause),
+    /// Nothing has passed for a while: its memory can go.
+    Idle,
+}
+
+/// What is remembered of a flow that is idle.
+pub(crate) struct Quiet {
+    backend: BackendId,
+    /// The backend's descriptor is a unix socket's.
+    pub(crate) unix: bool,
+    by_pipe: bool,
+    idle: Duration,
+    half_closed: Duration,
+    pub(crate) park: Duration,
+    last_moved: Instant,
+    ends: Option<Instant>,
+}
+
+impl Quiet {
+    /// Whether one of its limits is over; `idle` says what the node makes of a silence.
+    pub(crate) fn is_over(&self, now: Instant, idle: impl Fn(Duration) -> Duration) -> bool {
+        !self.idle.is_zero() && now >= self.last_moved + idle(self.idle)
+            || self.ends.is_some_and(|end| now >= end)
+    }
+
+    /// The flow, for another process or for a task of this one.
+    pub(crate) fn saved(&self) -> SavedRelay {
+        let way = || SavedWay { rest: Vec::new(), ended: false, shut: false };
+        SavedRelay {
+            backend: self.backend,
+            idle: self.idle,
+            half_closed: self.half_closed,
+            park: self.park,
+            by_pipe: self.by_pipe,
+            up: way(),
+            down: way(),
+            last_moved: self.last_moved,
+            ends: self.ends,
+            unix: self.unix,
+        }
+    }
+}
+
 impl<P: Protocol> Joined for RefCell<Relay<P>> {
     fn save(&self, each: &mut dyn FnMut(SavedRelay, [BorrowedFd<'_>; 2])) {
-        let relay = self.borrow();
+        let mut relay = self.borrow_mut();
+        let (up, down) = (relay.up.saved(), relay.down.saved());
         let (Some(client), Some(backend)) =
             (relay.client.stream.plain_fd(), relay.backend.plain_fd())
         else {
             return;
         };
-        let way = |way: &Direction| SavedWay {
-            rest: way.rest[way.written..].to_vec(),
-            ended: way.ended,
-            shut: way.shut,
-        };
         let saved = SavedRelay {
             backend: relay.backend_id,
             idle: relay.idle,
             half_closed: relay.half_closed,
-            up: way(&relay.up),
-            down: way(&relay.down),
+            park: relay.park,
+            by_pipe: relay.by_pipe,
+            up,
+            down,
             last_moved: relay.last_moved,
             ends: relay.ends,
             unix: matches!(relay.backend, Stream::Unix(_)),
@@ -385,11 +462,21 @@ pub(crate) async fn bridge<P: Protocol>(host: &Rc<Host<P>>, near: &Stream, far: 
             let mut scratch = host.scratch.borrow_mut();
             let passed = near
                 .flush()
-                .and_then(|()| pass(near, &far, &mut up, &mut scratch))
-                .and_then(|_| pass(&far, near, &mut down, &mut scratch));
-            if passed.is_err() {
-                near.reset_on_close();
-                return Poll::Ready(());
+                .and_then(|()| pass(near, &far, &mut up, &mut scratch, None))
+                .and_then(|(_, more_up)| {
+                    let (_, more_down) = pass(&far, near, &mut down, &mut scratch, None)?;
+                    Ok(more_up || more_down)
+                });
+            match passed {
+                Err(_) => {
+                    near.reset_on_close();
+                    return Poll::Ready(());
+                }
+                Ok(false) => {}
+                Ok(true) => {
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
             }
         }
     });
@@ -398,54 +485,4 @@ pub(crate) async fn bridge<P: Protocol>(host: &Rc<Host<P>>, near: &Stream, far: 
         () = host.stopped() => {}
     }
     near.say_goodbye();
-}
-
-/// Moves bytes one way until one side blocks or its turn is over; how many the writer took.
-fn pass(from: &Stream, to: &Stream, way: &mut Direction, scratch: &mut [u8]) -> io::Result<u64> {
-    let mut moved = 0;
-    for _ in 0..READS_PER_TURN {
-        if way.is_blocked() {
-            moved +=
-                write(to, &way.rest[way.written..]).inspect(|count| way.written += count)? as u64;
-            if way.is_blocked() {
-                return Ok(moved);
-            }
-            *way = Direction { rest: Vec::new(), written: 0, ..std::mem::take(way) };
-        }
-        if way.ended {
-            break;
-        }
-        match from.try_read(scratch) {
-            Ok(0) => way.ended = true,
-            Ok(count) => {
-                let taken = write(to, &scratch[..count])?;
-                moved += taken as u64;
-                way.rest.extend_from_slice(&scratch[taken..count]);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            Err(error) => return Err(error),
-        }
-    }
-    if way.ended && !way.is_blocked() && !way.shut {
-        to.flush()?;
-        if to.has_unsent() {
-            return Ok(moved);
-        }
-        way.shut = true;
-        to.shutdown_write()?;
-    }
-    Ok(moved)
-}
-
-/// Writes what the kernel takes; 0 if nothing.
-fn write(to: &Stream, bytes: &[u8]) -> io::Result<usize> {
-    let mut written = 0;
-    while written < bytes.len() {
-        match to.try_write(&bytes[written..]) {
-            Ok(count) => written += count,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(written)
 }

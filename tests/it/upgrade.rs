@@ -171,7 +171,7 @@ pub(crate) const HEAD: &str = "version: 1\nnode: { workers: 2, name: edge, realm
 
 fn tcp_yaml(port: u16, backend: u16) -> String {
     format!(
-        "{HEAD}listeners:\n  - {{ name: db, protocol: tcp, bind: [\"tcp://127.0.0.1:{port}\"], pool: db }}\npools:\n  db: {{ backends: [ {{ id: a, address: \"tcp://127.0.0.1:{backend}\" }} ] }}\n"
+        "{HEAD}listeners:\n  - {{ name: db, protocol: tcp, bind: [\"tcp://127.0.0.1:{port}\"], pool: db, options: {{ relay: splice, park_after: 100ms }} }}\npools:\n  db: {{ backends: [ {{ id: a, address: \"tcp://127.0.0.1:{backend}\" }} ] }}\n"
     )
 }
 

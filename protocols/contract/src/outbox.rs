@@ -90,6 +90,10 @@ pub struct SpliceLimits {
     pub half_closed: Duration,
     /// How long the whole flow may last. Zero: for ever.
     pub session: Duration,
+    /// A flow that was silent both ways for so long gives its memory back. Zero: never.
+    pub park: Duration,
+    /// What comes in bulk goes through a pipe, without a copy in this process (splice(2)).
+    pub by_pipe: bool,
 }
 
 /// How a request ended, as its sender saw it.

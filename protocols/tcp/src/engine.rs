@@ -13,7 +13,7 @@ use strowger_contract::{
     Route, Router, SessionKey, Ticket, Verdict,
 };
 
-use crate::options::TcpMatch;
+use crate::options::{Relay, TcpMatch};
 use crate::{SPACE, Tcp};
 
 /// How many backends one flow is tried at.
@@ -71,6 +71,8 @@ impl TcpEngine {
             idle: options.idle_timeout.0,
             half_closed: options.half_closed_timeout.0,
             session: options.session_timeout.0,
+            park: options.park_after.0,
+            by_pipe: options.relay == Relay::Splice,
         };
         let routes = context.scope.routes.iter();
         let routes = routes.map(|(route, pool)| (route.clone(), route.networks(), *pool)).collect();

@@ -32,6 +32,23 @@ pub struct TcpOptions {
     /// When all slots are taken: take no further connections for so long, instead of a reset; 0:
     /// reset at once.
     pub backpressure: Span,
+    /// A joined plain flow that was silent both ways for so long keeps only its two descriptors and
+    /// a few numbers, until either side speaks; 0: never.
+    pub park_after: Span,
+    /// How bytes pass: `copy` (read and write) or `splice` (what comes in bulk goes through a pipe,
+    /// splice(2); TLS is always copied).
+    pub relay: Relay,
+}
+
+/// How bytes pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Relay {
+    /// read(2) and write(2).
+    #[default]
+    Copy,
+    /// splice(2) for what comes in bulk.
+    Splice,
 }
 
 impl Default for TcpOptions {
@@ -45,6 +62,8 @@ impl Default for TcpOptions {
             source_prefix_v4: 32,
             source_prefix_v6: 128,
             backpressure: Span(Duration::ZERO),
+            park_after: Span::secs(5),
+            relay: Relay::Copy,
         }
     }
 }

@@ -150,6 +150,8 @@ pub(crate) struct SavedRelay {
     pub(crate) backend: BackendId,
     pub(crate) idle: Duration,
     pub(crate) half_closed: Duration,
+    pub(crate) park: Duration,
+    pub(crate) by_pipe: bool,
     pub(crate) up: SavedWay,
     pub(crate) down: SavedWay,
     #[serde(with = "moment")]

@@ -465,7 +465,12 @@ impl<P: Protocol> Batch<'_, P> {
             Endpoint::Client(flow) if flow.worker() != self.host.worker => {
                 return self.post(flow.worker(), &[], |_| Mail::Close(peer, how));
             }
-            Endpoint::Client(flow) => self.state.flows.get(flow).cloned(),
+            Endpoint::Client(flow) => {
+                if let Some(place) = self.state.flows.parked(flow) {
+                    return self.state.unparked.push((place, how));
+                }
+                self.state.flows.get(flow).cloned()
+            }
             Endpoint::Backend(_) | Endpoint::Lane(..) => {
                 let Some(link) = peer.as_link() else { return };
                 let owner = self.host.shared.owner(P::LINKS, link, self.host.worker);

@@ -55,6 +55,7 @@ impl<P: Protocol> Host<P> {
                 save_cut(connection, giver, &mut bridges)?;
             }
         }
+        self.save_parked(giver)?;
         for (number, remote, port) in state.outwards.all() {
             giver.outward(number, remote, port.fd())?;
         }
@@ -86,6 +87,7 @@ impl<P: Protocol> Host<P> {
         state.muted = P::LINKS != Links::None;
         self.shared.in_progress[usize::from(self.worker.0)].store(0, Ordering::Relaxed);
         state.outwards.clear();
+        self.forget_parked();
         for (connection, stream) in bridges {
             connection.leave_to(Fate::Bridge(stream));
         }
@@ -268,9 +270,11 @@ impl<P: Protocol> Host<P> {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "its number makes no sense"));
         }
         let key = (connection.transport, connection.remote);
-        state.remotes.insert(key, Rc::clone(&connection));
+        if P::LINKS != Links::None {
+            state.remotes.insert(key, Rc::clone(&connection));
+        }
         state.metrics.connection_opened();
-        Ok(Begun { flow, connection, next, _place: place })
+        Ok(Begun { flow, connection, next, source: place })
     }
 }
 

@@ -8,6 +8,7 @@ mod batch;
 mod flows;
 mod handover;
 mod outward;
+mod parking;
 
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{HashMap, VecDeque};
@@ -27,18 +28,22 @@ use tokio_util::sync::CancellationToken;
 use crate::runtime::datagram::DatagramPort;
 use crate::runtime::handover::Giver;
 use crate::runtime::intake::TakenIn;
+use crate::runtime::launch::Taken;
 use crate::runtime::link::{LinkId, LinkTable};
 use crate::runtime::mailbox::Letters;
 use crate::runtime::resolve::Answer;
 use crate::runtime::shared::{NodeEvent, Shared, SourcePlace};
 use crate::runtime::socket::Stream;
-use crate::runtime::splice::Relay;
+use crate::runtime::splice::{Ran, Relay};
 use crate::runtime::stream::{Connection, serve};
 use crate::runtime::sys::SendError;
+use crate::runtime::way::Pipes;
 pub(crate) use batch::Batch;
 use flows::Flows;
 pub(crate) use handover::{Bridges, Inherited};
 use outward::Outwards;
+use parking::Lot;
+pub(crate) use parking::SWEEP_EVERY;
 
 use crate::observe::{ListenerMetrics, TapPort};
 use crate::routing::{CoreRouter, Grant, ListenerSpec, Setup};
@@ -63,6 +68,9 @@ pub(crate) struct Host<P: Protocol> {
     late: RefCell<Option<Giver>>,
     broken: Rc<Notify>,
     cell: RefCell<State<P>>,
+    /// Raw flows that are idle.
+    lot: RefCell<Lot>,
+    pub(crate) pipes: RefCell<Pipes>,
     timer: Notify,
     /// Told by any worker when a waiting request of this one's was settled.
     granted: Arc<Notify>,
@@ -103,6 +111,8 @@ pub(crate) struct State<P: Protocol> {
     answers: VecDeque<(LookupId, Answer)>,
     dirty: Vec<Rc<Connection>>,
     dials: Vec<Dial>,
+    /// Idle flows that the engine wants closed.
+    unparked: Vec<(u32, Closing)>,
     grants: Vec<Grant>,
     restarts: u64,
     /// Another process has the engine's state: this one is not called any more.
@@ -115,7 +125,7 @@ pub(crate) struct Begun<P: Protocol> {
     connection: Rc<Connection>,
     next: Next<P>,
     /// Among the connections from its address; given back at its end.
-    _place: SourcePlace,
+    source: SourcePlace,
 }
 
 enum Next<P: Protocol> {
@@ -169,6 +179,7 @@ impl<P: Protocol> Host<P> {
             answers: VecDeque::new(),
             dirty: Vec::new(),
             dials: Vec::new(),
+            unparked: Vec::new(),
             grants: Vec::new(),
             restarts: 0,
             muted: false,
@@ -187,6 +198,8 @@ impl<P: Protocol> Host<P> {
             late: RefCell::default(),
             broken,
             cell: RefCell::new(state),
+            lot: RefCell::default(),
+            pipes: RefCell::default(),
             timer: Notify::new(),
             granted,
             armed: Cell::new(None),
@@ -227,11 +240,17 @@ impl<P: Protocol> Host<P> {
         batch.settle();
         self.rearm(&state);
         let dials = std::mem::take(&mut state.dials);
+        let unparked = std::mem::take(&mut state.unparked);
         self.shared.in_progress[usize::from(self.worker.0)]
             .store(if state.muted { 0 } else { state.engine.in_progress() }, Ordering::Relaxed);
         drop(state);
         for dial in dials {
             crate::runtime::link::dial(self, dial);
+        }
+        for (place, how) in unparked {
+            if let Some(connection) = self.unpark(place) {
+                connection.close(how, CloseCause::Local);
+            }
         }
         result
     }
@@ -339,15 +358,22 @@ impl<P: Protocol> Host<P> {
         } else {
             Next::Cut(early)
         };
-        Some(Begun { flow, connection, next, _place: place })
+        Some(Begun { flow, connection, next, source: place })
     }
 
     /// Serves a connection that has begun until it ends. What is awaited here is what an idle
     /// connection holds.
-    pub(crate) async fn serve(self: Rc<Self>, begun: Box<Begun<P>>) {
-        let Begun { flow, connection, next, _place } = *begun;
+    pub(crate) async fn serve(self: Rc<Self>, begun: Box<Begun<P>>, place: Taken) {
+        let Begun { flow, connection, next, source } = *begun;
         let cause = match next {
-            Next::Relay(relay) => Relay::run(relay).await,
+            Next::Relay(relay) => match Relay::run(&relay).await {
+                Ran::Ended(cause) => cause,
+                Ran::Idle => {
+                    // What a connection has while it is served goes before it is parked.
+                    drop(connection);
+                    return self.park(flow, relay, source, place);
+                }
+            },
             Next::Cut(early) => {
                 let idle = self.state().spec.limits.idle;
                 Box::pin(serve(&self, &connection, idle, early)).await
@@ -368,7 +394,10 @@ impl<P: Protocol> Host<P> {
         let flow = state.flows.reserve(self.worker);
         let connection = Connection::new(stream, Endpoint::Client(flow), remote, local, transport);
         state.flows.set(flow, Rc::clone(&connection));
-        state.remotes.insert((transport, remote), Rc::clone(&connection));
+        if P::LINKS != strowger_contract::Links::None {
+            // Nothing is ever sent to where a raw flow comes from, but through the flow.
+            state.remotes.insert((transport, remote), Rc::clone(&connection));
+        }
         state.metrics.connection_opened();
         (flow, connection)
     }
@@ -382,19 +411,27 @@ impl<P: Protocol> Host<P> {
     ) {
         {
             let mut state = self.cell.borrow_mut();
-            state.flows.remove(flow);
             let key = (connection.transport, connection.remote);
             if state.remotes.get(&key).is_some_and(|known| Rc::ptr_eq(known, connection)) {
                 state.remotes.remove(&key);
             }
-            state.metrics.connection_closed(cause);
         }
-        let (peer, change) = (Endpoint::Client(flow), PeerChange::Closed(cause));
-        self.tell(peer, change);
+        self.ended(flow, cause);
         if connection.proven.get() {
             // It served as a backend's link: what other workers sent there is lost.
+            let (peer, change) = (Endpoint::Client(flow), PeerChange::Closed(cause));
             self.shared.tell_others(self.worker, peer, change);
         }
+    }
+
+    /// A flow is no more: its number is free, and the engine hears of it.
+    fn ended(self: &Rc<Self>, flow: FlowId, cause: CloseCause) {
+        {
+            let mut state = self.cell.borrow_mut();
+            state.flows.remove(flow);
+            state.metrics.connection_closed(cause);
+        }
+        self.tell(Endpoint::Client(flow), PeerChange::Closed(cause));
     }
 
     /// A dialed remote is open: what waited for it goes out.

@@ -3,10 +3,12 @@
 
 mod handover;
 mod icmp;
+mod memory;
 mod mmsg;
 mod watched;
 
 pub(crate) use handover::{default_signals, place_for_exec};
 pub(crate) use icmp::{SendError, keep_errors, next_error};
+pub(crate) use memory::return_memory;
 pub(crate) use mmsg::{RecvBatch, SendBatch};
-pub(crate) use watched::watched;
+pub(crate) use watched::{watched, watched_epoll};

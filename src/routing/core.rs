@@ -7,8 +7,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use strowger_contract::{
-    BackendId, Class, ClassId, Keyer, LANE_ACCEPTED, Lanes, Link, Outcome, Pin, SessionKey,
-    TokenKeys, WorkerId,
+    BackendId, Class, ClassId, Keyer, Outcome, Pin, SessionKey, TokenKeys, WorkerId,
 };
 
 use super::bindings::BindingTable;
@@ -513,13 +512,6 @@ impl Core {
         }
     }
 
-    /// Whether a connection that the backend opened itself serves as its link.
-    #[must_use]
-    pub fn is_served(&self, backend: BackendId) -> bool {
-        let accepted = Lanes::bit(LANE_ACCEPTED);
-        self.live(backend).is_some_and(|live| live.lanes().up & accepted != 0)
-    }
-
     /// What an instance says that it can have in flight, by its agent's heartbeat; `None`: nothing.
     pub fn set_reported_slots(&self, backend: BackendId, slots: Option<u32>) {
         if let Some(backend) = self.snapshot.load().backend(backend) {
@@ -571,49 +563,6 @@ impl Core {
         }
         let until = backend.live.eject(now, pool.spec.health.outlier_ejection);
         self.tell_of(backend, Happening::BackendEjected { for_ms: until - now });
-    }
-
-    pub(super) fn link(
-        &self,
-        now: Instant,
-        snapshot: &Snapshot,
-        backend: BackendId,
-        (lane, link): (u8, Link<'_>),
-    ) {
-        let Some(backend) = snapshot.backend(backend) else {
-            if let Some(live) = self.live(backend) {
-                // It left meanwhile; it may come back.
-                let _untold = live.link(lane, link);
-            }
-            return;
-        };
-        let change = backend.live.link(lane, link);
-        // Where links are opened on demand, their coming and going is no event of the backend's.
-        match change.filter(|_| backend.needs_link) {
-            Some(LiveChange::Up) => {
-                if self.changes_applied(now) {
-                    backend.live.rejoin(self.clock(now));
-                }
-                self.tell_of(backend, Happening::BackendUp);
-                if let Some(pool) = snapshot.pool(backend.pool) {
-                    self.serve_pool(now, pool);
-                }
-            }
-            Some(LiveChange::Down) => {
-                let detail = match link {
-                    Link::Down(cause) => cause.word(),
-                    _ => "suspect",
-                };
-                self.tell_of(backend, Happening::BackendDown { detail });
-            }
-            None => {}
-        }
-    }
-
-    /// Whether the process has run for a while: links that open at its start need no slow start.
-    fn changes_applied(&self, now: Instant) -> bool {
-        const START: u64 = 10_000;
-        self.clock(now) > START
     }
 
     pub(super) fn table_entry(&self, session: SessionKey, now: u64) -> Option<BackendId> {

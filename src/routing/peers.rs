@@ -6,11 +6,14 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use strowger_contract::{BackendId, BindingKey, Endpoint, PeerReport, SessionKey};
+use strowger_contract::{
+    BackendId, BindingKey, Endpoint, LANE_ACCEPTED, Lanes, Link, PeerReport, SessionKey,
+};
 
 use super::core::{Core, seconds, whole_seconds};
 use super::events::Happening;
 use super::holders::Holder;
+use super::live::LiveChange;
 use super::snapshot::Snapshot;
 
 /// Peers in the operators' table, at most. Further ones work and are not shown.
@@ -115,6 +118,57 @@ impl Core {
             }
         };
         table.iter().map(view).collect()
+    }
+
+    /// Whether a connection that the backend opened itself serves as its link.
+    #[must_use]
+    pub fn is_served(&self, backend: BackendId) -> bool {
+        let accepted = Lanes::bit(LANE_ACCEPTED);
+        self.live(backend).is_some_and(|live| live.lanes().up & accepted != 0)
+    }
+
+    /// Takes news of a backend's link in.
+    pub(super) fn link(
+        &self,
+        now: Instant,
+        snapshot: &Snapshot,
+        backend: BackendId,
+        (lane, link): (u8, Link<'_>),
+    ) {
+        let Some(backend) = snapshot.backend(backend) else {
+            if let Some(live) = self.live(backend) {
+                // It left meanwhile; it may come back.
+                let _untold = live.link(lane, link);
+            }
+            return;
+        };
+        let change = backend.live.link(lane, link);
+        // Where links are opened on demand, their coming and going is no event of the backend's.
+        match change.filter(|_| backend.needs_link) {
+            Some(LiveChange::Up) => {
+                if self.changes_applied(now) {
+                    backend.live.rejoin(self.clock(now));
+                }
+                self.tell_of(backend, Happening::BackendUp);
+                if let Some(pool) = snapshot.pool(backend.pool) {
+                    self.serve_pool(now, pool);
+                }
+            }
+            Some(LiveChange::Down) => {
+                let detail = match link {
+                    Link::Down(cause) => cause.word(),
+                    _ => "suspect",
+                };
+                self.tell_of(backend, Happening::BackendDown { detail });
+            }
+            None => {}
+        }
+    }
+
+    /// Whether the process has run for a while: links that open at its start need no slow start.
+    fn changes_applied(&self, now: Instant) -> bool {
+        const START: u64 = 10_000;
+        self.clock(now) > START
     }
 
     /// Nanoseconds of the core's clock.

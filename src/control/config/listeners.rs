@@ -408,11 +408,7 @@ impl<'a> Listeners<'a> {
             }
         }
         if pool.spec.connections > 1 && protocol.links() != Links::Single {
-            let message = format!(
-                "{} keeps no links, so their number cannot be chosen: leave it out",
-                protocol.name()
-            );
-            wrong("connections", message);
+            wrong("connections", format!("{} keeps no links: leave it out", protocol.name()));
         }
         if pool.spec.send_proxy != SendProxy::Off && protocol.links() != Links::None {
             let name = protocol.name();

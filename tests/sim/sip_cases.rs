@@ -186,6 +186,42 @@ fn the_bye_of_a_second_answer_gives_nothing_back_of_the_first_ones() {
     bench.rests();
 }
 
+/// RFC 3261 18.2.2: the client's connection is gone before its answer.
+#[test]
+fn an_answer_over_a_lost_connection_goes_to_the_clients_own_port() {
+    for transport in [Transport::Tcp, Transport::Tls] {
+        let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
+        let peer =
+            Endpoint::Client(strowger_contract::FlowId::new(strowger_contract::WorkerId(0), 1, 1));
+        let text =
+            request("INVITE", "c1", "").replace(&format!("UDP {CLIENT}"), "TCP 203.0.113.9:5999");
+        let from = "198.51.100.7:40000".parse().expect("an address");
+        let sent = bench.gets_over(peer, transport, from, &text);
+        bench.closed(peer, CloseCause::End);
+        let back = bench.answers(&sent[1], "486 Busy", "");
+        let to =
+            back.iter().find(|(_, text)| text.starts_with("SIP/2.0 486")).expect("an answer").0;
+        let new = Endpoint::Remote {
+            transport: Transport::Tcp,
+            // Its Via's host is not believed.
+            address: "198.51.100.7:5999".parse().expect("an address"),
+        };
+        assert_eq!(to, if transport == Transport::Tcp { new } else { peer });
+        bench.rests();
+    }
+}
+
+/// A NOTIFY comes to the worker that passes the SUBSCRIBE's answer on, behind it.
+#[test]
+fn a_subscriptions_record_route_names_its_worker() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
+    for (method, named) in [("SUBSCRIBE", true), ("REFER", true), ("INVITE", false)] {
+        let sent = bench.client(&request(method, method, ""));
+        let out = sent.iter().find(|(_, text)| text.starts_with(method)).expect("it went on");
+        assert_eq!(header(&out.1, "Record-Route").contains(";sw=00"), named, "{method}");
+    }
+}
+
 #[test]
 fn parallel_forks_ring_together_and_the_first_2xx_wins() {
     let mut bench = Bench::new(json!({"fork": "parallel", "fork_targets": 3}), "", three());

@@ -123,6 +123,27 @@ fn an_instance_that_asks_for_less_gets_less() {
     }
 }
 
+/// What is left out without a memory is so by the request itself: a repetition hears the same.
+#[test]
+fn a_stateless_listener_leaves_out_the_same_requests_each_time() {
+    let option = json!({"mode": "stateless", "overload_control": {"client": true}});
+    let mut bench = Bench::new(option, "", vec![backend(1, None)]);
+    let sent = bench.client(&request("OPTIONS", "first", ""));
+    let say = ";oc=40;oc-algo=\"loss\";oc-validity=30000;oc-seq=9.1";
+    let said = answer(&sent[0].1, "200 OK", "").replace(";oc;oc-algo=\"loss\"", say);
+    bench.gets(remote(sent[0].0), &said);
+    let mut refused = 0;
+    for number in 0..400 {
+        let text = request("OPTIONS", &format!("o{number}"), "");
+        let (once, again) = (bench.client(&text), bench.client(&text));
+        assert_eq!(starts(&once), starts(&again));
+        refused += u32::from(once[0].1.starts_with("SIP/2.0 503"));
+    }
+    assert!((120..200).contains(&refused), "{refused} of 400");
+    let urgent = request("INVITE", "e", "Resource-Priority: esnet.0\r\n");
+    assert_eq!(starts(&bench.client(&urgent)), ["INVITE"]);
+}
+
 /// RFC 3261 26.2.2, RFC 5630 5.3.
 #[test]
 fn a_sips_request_goes_over_tls_or_nowhere() {

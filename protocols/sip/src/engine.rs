@@ -282,6 +282,9 @@ impl Engine for SipEngine {
     ) {
         match change {
             PeerChange::Closed(cause) => {
+                if self.transactions.owes(peer) && self.guard.take_look(now) {
+                    self.answer_by_via(peer, out);
+                }
                 if !self.transactions.may_wait_on(peer) || !self.guard.may_look(now, peer, router) {
                     return;
                 }

@@ -36,8 +36,12 @@ impl Guard {
     /// could send errors in bulk.
     pub(crate) fn may_look(&mut self, now: Instant, peer: Endpoint, router: &dyn Router) -> bool {
         let Endpoint::Datagram { remote, .. } = peer else { return true };
-        router.backend_at(remote).is_some()
-            || self.looks.get_or_insert_with(|| Bucket::full(0, LOOKS, now)).take(LOOKS, now)
+        router.backend_at(remote).is_some() || self.take_look(now)
+    }
+
+    /// Whether one more look through all transactions is within bounds.
+    pub(crate) fn take_look(&mut self, now: Instant) -> bool {
+        self.looks.get_or_insert_with(|| Bucket::full(0, LOOKS, now)).take(LOOKS, now)
     }
 }
 

@@ -220,6 +220,21 @@ impl Overload {
         }
         out
     }
+
+    /// As [`Overload::is_left_out`] where nothing is remembered: what a request's key says of it holds for
+    /// its retransmissions too.
+    pub(crate) fn leaves_out(
+        &self,
+        now: Instant,
+        backend: BackendId,
+        class: ClassId,
+        in_session: bool,
+        key: u64,
+    ) -> bool {
+        let known = self.heard.get(&backend).filter(|known| known.until > now);
+        let loss = known.map_or(0, |known| known.loss);
+        !in_session && class > ClassId::IN_SESSION && (key >> 32) % 100 < u64::from(loss)
+    }
 }
 
 fn number(text: &[u8]) -> Option<u32> {

@@ -68,12 +68,12 @@ impl SipEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        if let Some(slot) = self.transactions.by_key(incoming.key)
-            && let Some(transaction) = self.transactions.get(slot)
-        {
+        if let Some(slot) = self.transactions.by_key(incoming.key) {
             // 17.2: a retransmission gets the last answer again.
             out.note(Note::Count("sip_retransmissions_absorbed"));
-            transaction.client = reply_endpoint(incoming.message.from, &incoming.via);
+            let client = reply_endpoint(incoming.message.from, &incoming.via);
+            self.transactions.answer_at(slot, client);
+            let Some(transaction) = self.transactions.get(slot) else { return };
             if !transaction.reply.is_empty() && transaction.state != State::Accepted {
                 let (client, reply) = (transaction.client, &transaction.reply);
                 out.send(client, ClassId::CONTROL, |bytes| bytes.extend_from_slice(reply));
@@ -102,7 +102,7 @@ impl SipEngine {
         if self.settings.is_stateless() {
             return self.forward_stateless(now, incoming, &target, class, router, out);
         }
-        if let Some(keeper) = self.kept_elsewhere(&target) {
+        if let Some(keeper) = self.kept_elsewhere(&target, incoming.method) {
             return out.hand_over(keeper, &incoming.message);
         }
         if self.transactions.len() >= self.settings.options.max_transactions as usize {
@@ -358,7 +358,7 @@ impl SipEngine {
             return out.note(Note::Count("sip_acks_absorbed"));
         }
         let target = self.target_of(incoming, router);
-        if let Some(keeper) = self.kept_elsewhere(&target) {
+        if let Some(keeper) = self.kept_elsewhere(&target, incoming.method) {
             // Of a re-INVITE that went there, too.
             return out.hand_over(keeper, &incoming.message);
         }
@@ -366,11 +366,13 @@ impl SipEngine {
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
     }
 
-    /// The worker that keeps the record of a request's call, if it is another one.
-    fn kept_elsewhere(&self, target: &Target<'_>) -> Option<WorkerId> {
+    /// The worker that keeps the record of a request's call, if it is another one. A NOTIFY goes to the
+    /// worker that had the SUBSCRIBE, so that it does not overtake the answer that is on its way there.
+    fn kept_elsewhere(&self, target: &Target<'_>, method: Method) -> Option<WorkerId> {
         let known =
             |keeper: &WorkerId| *keeper != self.settings.worker && keeper.0 < self.settings.workers;
-        let keeps = self.settings.options.cdr && !self.settings.is_stateless();
+        let keeps = (self.settings.options.cdr || method == Method::Notify)
+            && !self.settings.is_stateless();
         target.keeper.filter(known).filter(|_| keeps)
     }
 
@@ -396,7 +398,7 @@ impl SipEngine {
             return self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
         }
         let Some(slot) = self.transactions.by_key(incoming.key) else {
-            let keeper = self.kept_elsewhere(&self.target_of(incoming, router));
+            let keeper = self.kept_elsewhere(&self.target_of(incoming, router), Method::Cancel);
             let asked = match incoming.message.from {
                 Endpoint::Client(_) => self.next_to_ask(incoming),
                 _ => keeper,

@@ -69,8 +69,11 @@ pub(crate) fn on_response(
     // RFC 6026 forbids to pass on strays; ours carries our signature, so it was asked for, and the
     // call of a client that has waited through the edge's restart is not lost.
     let call_id = stable_hash(scan.value(bytes, Name::CallId).unwrap_or_default());
-    if branch.verify(token, call_id, router).is_none() {
+    let Some(branch) = branch.verify(token, call_id, router) else {
         return out.drop_message("response_forged");
+    };
+    if let Some(backend) = branch.pin.and_then(|pin| router.resolve(pin)) {
+        engine.hear_load(now, backend, via.as_ref().map(|(via, _)| via), out);
     }
     pass_back(engine, now, message, scan, router, out);
 }
@@ -103,6 +106,24 @@ fn pass_back(
 }
 
 impl SipEngine {
+    /// RFC 3261 18.2.2: the connection that requests came over is gone; their answers go over a new
+    /// one, to the port of their Via at the address that they came from. Not so over TLS and WebSockets,
+    /// whose clients listen nowhere.
+    pub(crate) fn answer_by_via(&mut self, peer: Endpoint, out: &mut Outbox) {
+        let moved = self.transactions.answer_elsewhere(peer, |transaction| {
+            let mut scan = Scan::default();
+            if transaction.transport != Transport::Tcp || scan.scan(&transaction.request).is_err() {
+                return None;
+            }
+            let (via, _) = Via::first(scan.value(&transaction.request, Name::Via)?)?;
+            let address = SocketAddr::new(transaction.source.ip(), via.port.unwrap_or(5060));
+            Some(Endpoint::Remote { transport: Transport::Tcp, address })
+        });
+        if moved > 0 {
+            out.note(Note::Count("sip_answers_over_new_connections"));
+        }
+    }
+
     /// Sends a response on that no transaction is known of.
     pub(crate) fn send_back(
         &mut self,

@@ -102,7 +102,9 @@ pub(crate) fn forward(
         drop_last_route: target.drop_last_route,
         add_route: target.add_route,
         breadth,
-        worker: settings.options.cdr.then_some(settings.worker),
+        worker: (settings.options.cdr
+            || matches!(origin.method, Method::Subscribe | Method::Refer))
+        .then_some(settings.worker),
     }
     .write(router, out);
 }

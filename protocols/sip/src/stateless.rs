@@ -1,8 +1,8 @@
 //! Sending on without remembering: stateless listeners, and ACK (RFC 3261 16.11).
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use strowger_contract::{ClassId, Note, Outbox, Query, RequestOutcome, Router, Verdict};
+use strowger_contract::{ClassId, Note, Outbox, Query, Refusal, RequestOutcome, Router, Verdict};
 
 use crate::branch::Branch;
 use crate::engine::SipEngine;
@@ -48,6 +48,21 @@ impl SipEngine {
                     exclude: &[],
                 };
                 match router.route(now, &query) {
+                    // The same for each retransmission, so it is refused and not sent to another.
+                    Verdict::Go(route)
+                        if self.overload.leaves_out(
+                            now,
+                            route.backend,
+                            class,
+                            in_session,
+                            incoming.key,
+                        ) =>
+                    {
+                        out.note(Note::Count("sip_oc_left_out"));
+                        let refusal = Refusal::Overloaded { retry_after: Duration::from_secs(1) };
+                        out.note(Note::Refused(class, refusal));
+                        return self.refuse(now, incoming, class, &self.answer_for(refusal), out);
+                    }
                     Verdict::Go(route) => NextHop::of(&route),
                     Verdict::Wait(ticket) => {
                         router.withdraw(now, ticket);
@@ -143,7 +158,7 @@ impl SipEngine {
                 outcome: RequestOutcome::Met,
                 backend: hop.backend,
                 total: now.saturating_duration_since(message.arrived),
-                at_backend: std::time::Duration::ZERO,
+                at_backend: Duration::ZERO,
             });
         }
     }

@@ -262,6 +262,24 @@ impl Hasher for Plain {
 /// A map by keyed hashes.
 pub(crate) type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<Plain>>;
 
+/// One more for a client's connection.
+fn note(counts: &mut KeyMap<u32>, peer: Endpoint) {
+    if let Endpoint::Client(flow) = peer {
+        *counts.entry(flow.to_bits()).or_insert(0) += 1;
+    }
+}
+
+/// One less for a client's connection.
+fn forget(counts: &mut KeyMap<u32>, peer: Endpoint) {
+    let Endpoint::Client(flow) = peer else { return };
+    if let Some(count) = counts.get_mut(&flow.to_bits()) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(&flow.to_bits());
+        }
+    }
+}
+
 /// All transactions of one engine.
 #[derive(Default)]
 pub(crate) struct Transactions {
@@ -272,6 +290,8 @@ pub(crate) struct Transactions {
     lists: Vec<Vec<Leg>>,
     /// How many legs went over each client's connection.
     flows: KeyMap<u32>,
+    /// How many transactions are to be answered over each client's connection.
+    owed: KeyMap<u32>,
     generation: u32,
 }
 
@@ -313,6 +333,9 @@ impl Transactions {
         for leg in all.iter().flat_map(|(_, transaction)| &transaction.legs) {
             self.note_flow(leg.to);
         }
+        for (_, transaction) in &all {
+            note(&mut self.owed, transaction.client);
+        }
         self.slab = all.into_iter().map(|(slot, it)| (slot as usize, it)).collect();
     }
 
@@ -329,6 +352,7 @@ impl Transactions {
 
     pub(crate) fn insert(&mut self, transaction: Transaction) -> u32 {
         let key = transaction.key;
+        note(&mut self.owed, transaction.client);
         let slot = self.slab.insert(transaction) as u32;
         self.keys.insert(key, slot);
         slot
@@ -374,11 +398,12 @@ impl Transactions {
         if let Some(ticket) = transaction.ticket {
             self.tickets.remove(&ticket.0);
         }
+        forget(&mut self.owed, transaction.client);
         for buffer in [transaction.request, transaction.reply, transaction.best.bytes] {
             self.give_back(buffer);
         }
         for leg in transaction.legs.drain(..) {
-            self.forget_flow(leg.to);
+            forget(&mut self.flows, leg.to);
             self.give_back(leg.sent);
         }
         if self.lists.len() < LISTS_KEPT {
@@ -388,19 +413,42 @@ impl Transactions {
 
     /// Notes that a leg goes over a client's connection.
     pub(crate) fn note_flow(&mut self, to: Endpoint) {
-        if let Endpoint::Client(flow) = to {
-            *self.flows.entry(flow.to_bits()).or_insert(0) += 1;
+        note(&mut self.flows, to);
+    }
+
+    /// A transaction's request was repeated from there: there it is answered.
+    pub(crate) fn answer_at(&mut self, slot: u32, client: Endpoint) {
+        if let Some(transaction) = self.slab.get_mut(slot as usize)
+            && transaction.client != client
+        {
+            forget(&mut self.owed, transaction.client);
+            note(&mut self.owed, client);
+            transaction.client = client;
         }
     }
 
-    fn forget_flow(&mut self, to: Endpoint) {
-        let Endpoint::Client(flow) = to else { return };
-        if let Some(count) = self.flows.get_mut(&flow.to_bits()) {
-            *count -= 1;
-            if *count == 0 {
-                self.flows.remove(&flow.to_bits());
+    /// Whether a transaction is to be answered over a client's connection.
+    pub(crate) fn owes(&self, peer: Endpoint) -> bool {
+        matches!(peer, Endpoint::Client(flow) if self.owed.contains_key(&flow.to_bits()))
+    }
+
+    /// The answers that are owed over a connection go where `elsewhere` says, if it says so.
+    pub(crate) fn answer_elsewhere(
+        &mut self,
+        peer: Endpoint,
+        elsewhere: impl Fn(&Transaction) -> Option<Endpoint>,
+    ) -> usize {
+        let mut moved = 0;
+        for (_, transaction) in &mut self.slab {
+            if transaction.client == peer
+                && let Some(to) = elsewhere(transaction)
+            {
+                forget(&mut self.owed, peer);
+                transaction.client = to;
+                moved += 1;
             }
         }
+        moved
     }
 
     /// Whether anything can await an answer from `peer`: most clients that leave are owed nothing.

@@ -72,6 +72,11 @@ fn a_call_to_a_user_whom_kamailio_registered() {
     let register = callee.request("REGISTER", "sip:example.net", "bob", "reg");
     let register = register.replace("To: <sip:example.net>", "To: <sip:bob@example.net>");
     let register = register.replace("Contact:", "Supported: path\r\nExpires: 60\r\nContact:");
+    // Nobody is reached there: what comes to the user has followed the Path.
+    let register = register.replace(
+        &format!("Contact: <sip:bob@{}>", callee.local()),
+        "Contact: <sip:bob@192.0.2.77:5060>",
+    );
     callee.send(register.as_bytes());
     let registered = callee.final_answer(LIMIT).expect("answered");
     assert_eq!(status(&registered), 200, "{registered}\n{}", log(edge.folder.path(), registrar));
@@ -80,7 +85,7 @@ fn a_call_to_a_user_whom_kamailio_registered() {
     let invite = caller.request("INVITE", "sip:bob@example.net", "alice", "to-bob");
     caller.send(invite.as_bytes());
     let got = callee.receive(LIMIT).expect("an INVITE comes to the user");
-    assert!(got.starts_with("INVITE "), "{got}");
+    assert!(got.starts_with("INVITE sip:bob@192.0.2.77:5060 "), "{got}");
     // Caller, edge, Kamailio, edge: each wrote a Via.
     assert_eq!(headers(&got, "Via", "v").len(), 4, "{got}");
     let contact = format!("Contact: <sip:bob@{}>\r\n", callee.local());
@@ -206,19 +211,39 @@ fn telephone(folder: &Path, port: u16, user: &str, own: u16, transport: &str) ->
 /// other, which answers by itself.
 #[test]
 fn baresip_registers_and_calls() {
+    phones_call(["udp", "tcp"]);
+}
+
+/// Both over TLS: the call comes to the callee over the connection that it registered by.
+#[test]
+fn baresip_registers_and_calls_over_tls() {
+    phones_call(["tls", "tls"]);
+}
+
+fn phones_call([bobs, alices]: [&str; 2]) {
     if !has("kamailio") || !has("baresip") {
         return;
     }
     let _alone = alone();
-    let (port, registrar) = (free_port(), free_port());
-    let edge = Edge::start(&config(port, registrar, "cdr: true"));
+    let (port, secure, registrar) = (free_port(), free_port(), free_port());
+    let own = tempfile::TempDir::new().expect("a folder");
+    super::secure::certificates(own.path());
+    let path = |file: &str| own.path().join(file).display().to_string();
+    let tls = format!(
+        "tls://127.0.0.1:{secure}]\n    tls: {{ certificates: [{{ certificate: {}, key: {} }}] }}\n    pool",
+        path("edge.pem"),
+        path("edge.key")
+    );
+    let yaml = config(port, registrar, "cdr: true, path: always");
+    let edge = Edge::start(&yaml.replacen("]\n    pool", &format!(", {tls}"), 1));
     let folder = edge.folder.path();
     let _kamailio = kamailio(folder, "kamailio-registrar", registrar, port);
+    let at = |transport: &str| if transport == "tls" { secure } else { port };
     let text = |user: &str| {
         let bytes = fs::read(folder.join(format!("baresip-{user}.log"))).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     };
-    let mut bob = telephone(folder, port, "bob", free_port(), "udp");
+    let mut bob = telephone(folder, at(bobs), "bob", free_port(), bobs);
     let registered = |times: f64| {
         let end = Instant::now() + Duration::from_secs(30);
         let labels = ["method=\"REGISTER\"", "code=\"2xx\""];
@@ -228,7 +253,7 @@ fn baresip_registers_and_calls() {
         }
     };
     registered(1.0);
-    let mut alice = telephone(folder, port, "alice", free_port(), "tcp");
+    let mut alice = telephone(folder, at(alices), "alice", free_port(), alices);
     let end_at = Instant::now() + Duration::from_secs(40);
     // Both legs pass the edge: the caller's and, from Kamailio, the callee's.
     loop {

@@ -121,6 +121,46 @@ fn gone(core: &mut Client, path: &str, call: &str) {
     panic!("no 430 for {call}");
 }
 
+/// RFC 3261 18.2.2: who closed its connection is answered over a new one, to the port of its Via.
+#[test]
+fn an_answer_finds_a_client_that_closed_its_connection() {
+    let (edge_port, own) =
+        (free_port(), std::net::TcpListener::bind("127.0.0.1:0").expect("a port"));
+    let slow = Server::new("127.0.0.1:0", |request: &str| {
+        std::thread::sleep(Duration::from_millis(1_500));
+        vec![answer(request, 200, "")]
+    });
+    let edge = Edge::start(&format!(
+        "version: 1\nnode: {{ name: test, workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [udp://127.0.0.1:{edge_port}, tcp://127.0.0.1:{edge_port}]\n    pool: p\n    options: {{ failover_timeout: 10s }}\npools:\n  p: {{ backends: [{{ id: a, address: udp://{} }}] }}\n",
+        slow.address
+    ));
+    let mut client = Client::tcp(([127, 0, 0, 1], edge_port).into());
+    let (there, local) = (own.local_addr().expect("bound"), client.local());
+    let request = client.request("MESSAGE", "sip:bob@example.net", "alice", "closed");
+    client.send(request.replacen(&format!("TCP {local}"), &format!("TCP {there}"), 1).as_bytes());
+    // It is under way when the client closes.
+    edge.until("the request to be under way", |edge| edge.instance("p", "a")["in_flight"] == 1);
+    drop(client);
+    own.set_nonblocking(true).expect("an option");
+    let end = std::time::Instant::now() + LONG;
+    let mut stream = loop {
+        match own.accept() {
+            Ok((stream, _)) => break stream,
+            Err(_) => assert!(std::time::Instant::now() < end, "nobody dials\n{}", edge.log()),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    stream.set_nonblocking(false).expect("an option");
+    stream.set_read_timeout(Some(LONG)).expect("an option");
+    let (mut said, mut buffer) = (Vec::new(), [0; 2_048]);
+    while !said.windows(4).any(|end| end == b"\r\n\r\n") {
+        let length = stream.read(&mut buffer).expect("an answer");
+        assert!(length > 0, "it is closed again");
+        said.extend_from_slice(&buffer[..length]);
+    }
+    assert!(said.starts_with(b"SIP/2.0 200"), "{}", String::from_utf8_lossy(&said));
+}
+
 /// RFC 5626 3.5.1 and 3.5.2: a double CRLF on a stream is answered by one, STUN by an address.
 #[test]
 fn keep_alives_are_answered_on_both_kinds_of_flows() {

@@ -24,6 +24,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// Scenarios that need a caller on IPv6.
 const IPV6: &str = "ipv6_to_ipv4";
 
+/// Scenarios that need a callee on IPv6.
+const TO_IPV6: &str = "ipv4_to_ipv6";
+
+/// Where a scenario's callee listens.
+fn callee(name: &str) -> &'static str {
+    if name == TO_IPV6 { "[::1]" } else { "127.0.0.1" }
+}
+
 /// What has no `.uas.xml` of its own and no domain: the default pool answers.
 const DEFAULT: &str = "default";
 
@@ -94,9 +102,9 @@ impl Wrapper {
             ));
         }
         for (name, port) in &self.servers {
-            let (to, pem) = (sipp[name], self.path("both.pem"));
+            let (to, pem, host) = (sipp[name], self.path("both.pem"), callee(name));
             text.push_str(&format!(
-                "listen {name}\n  bind 127.0.0.1:{port} ssl crt {pem}\n  server sipp 127.0.0.1:{to}\n"
+                "listen {name}\n  bind {host}:{port} ssl crt {pem}\n  server sipp {host}:{to}\n"
             ));
         }
         let file = self.folder.path().join("haproxy.cfg");
@@ -139,7 +147,7 @@ impl Table {
             let backends = if name == "no_instance" {
                 "[]".to_owned()
             } else {
-                format!("[ {{ id: a, address: {transport}://127.0.0.1:{server} }} ]")
+                format!("[ {{ id: a, address: \"{transport}://{}:{server}\" }} ]", callee(name))
             };
             pools.push_str(&format!("  {name}: {{ {trust}backends: {backends} }}\n"));
             if name != DEFAULT {
@@ -179,7 +187,7 @@ impl Table {
     fn server(&self, work: &Path, name: &str, calls: u32) -> Process {
         let port = self.ports[name];
         let mut command = self.sipp(work, name, "uas");
-        command.args(["-i", "127.0.0.1", "-p", &port.to_string(), "-m", &calls.to_string()]);
+        command.args(["-i", callee(name), "-p", &port.to_string(), "-m", &calls.to_string()]);
         Process::spawn(&mut command, &work.join(format!("{name}.uas.log")))
     }
 
@@ -279,7 +287,7 @@ fn scenarios_with_hidden_topology() {
     let options = "{ topology_hiding: { from: both } }";
     let table = Table { options, ..Table::new("udp", "u1") };
     play_all(&table, &|name, seen| {
-        let ports = [DEFAULT, name].map(|name| format!("127.0.0.1:{}", table.ports[name]));
+        let ports = [DEFAULT, name].map(|name| format!("{}:{}", callee(name), table.ports[name]));
         // A registrar's Contacts are its clients' own.
         name.starts_with("register") || !ports.iter().any(|port| seen.contains(port))
     });

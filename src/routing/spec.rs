@@ -247,11 +247,19 @@ pub struct WebSocketSpec {
     pub message_bytes: usize,
     /// How long the handshake's request, and then its answer, may take.
     pub handshake: Duration,
+    /// A client that was silent for so long is asked whether it is there; silent for as long again, it
+    /// is gone. Zero: never.
+    pub ping: Duration,
 }
 
 impl Default for WebSocketSpec {
     fn default() -> Self {
-        Self { origins: Vec::new(), message_bytes: 65_536, handshake: Duration::from_secs(5) }
+        Self {
+            origins: Vec::new(),
+            message_bytes: 65_536,
+            handshake: Duration::from_secs(5),
+            ping: Duration::from_secs(30),
+        }
     }
 }
 

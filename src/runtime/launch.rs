@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use strowger_contract::{Endpoint, Engine as _, Links, Protocol, Transport, WorkerId};
+use strowger_contract::{Endpoint, Links, Protocol, Transport, WorkerId};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -466,7 +466,7 @@ async fn accept_unix<P: Protocol>(host: Rc<Host<P>>, listener: UnixListener, loc
 
 /// Waits while the engine or the node wants no further connections; the kernel's queue holds them meanwhile.
 async fn saturated<P: Protocol>(host: &Rc<Host<P>>) {
-    while host.state().engine.is_saturated() || host.shared.core.stops_accepting() {
+    while host.is_saturated() || host.shared.core.stops_accepting() {
         tokio::time::sleep(SATURATED_PAUSE).await;
     }
 }

@@ -20,7 +20,7 @@ use super::handover::Joined;
 use super::host::Host;
 use super::socket::Stream;
 use super::splice::bridge;
-use super::websocket::{Ended, WebSocket, encode, goodbye};
+use super::websocket::{self, Ended, WebSocket, encode, goodbye};
 
 /// How long a connection that is to close once its queue is written may take for it.
 const LINGER: Duration = Duration::from_secs(5);
@@ -342,6 +342,7 @@ pub(crate) async fn serve<P: Protocol>(
         reader.read(host, connection, &early);
     }
     let mut closing_since = None;
+    let mut pinged = None;
     loop {
         if connection.has_left() {
             match connection.take_fate() {
@@ -374,14 +375,22 @@ pub(crate) async fn serve<P: Protocol>(
         let idle = host.shared.core.idle(idle);
         let deadline = match closing_since {
             Some(since) => Some(since + LINGER),
-            None => deadline::<P>(connection, idle),
+            None => {
+                let ends = deadline::<P>(connection, idle);
+                ping_due(host, connection, pinged).into_iter().chain(ends).min()
+            }
         };
         tokio::select! {
             () = connection.kicked() => {}
             () = host.stopped(), if closing_since.is_none() => connection.close(Closing::Flushed, CloseCause::Shutdown),
             () = sleep_until(deadline), if deadline.is_some() => {
-                if let Some(cause) = closing_since.is_none().then(|| timed_out::<P>(connection, idle)).flatten() {
+                if closing_since.is_some() {
+                    continue;
+                }
+                if let Some(cause) = timed_out::<P>(connection, idle) {
                     connection.close(Closing::Reset, cause);
+                } else if ping_due(host, connection, pinged).is_some_and(|due| due <= Instant::now()) {
+                    ping(host, connection, &mut pinged);
                 }
             }
             ready = connection.stream.ready(interest), if watch => {
@@ -405,6 +414,34 @@ pub(crate) async fn serve<P: Protocol>(
             }
         }
     }
+}
+
+/// When a WebSocket client is to be asked whether it is there, or is not if it was asked by then.
+fn ping_due<P: Protocol>(
+    host: &Rc<Host<P>>,
+    connection: &Connection,
+    pinged: Option<Instant>,
+) -> Option<Instant> {
+    connection.websocket.get()?;
+    let every = host.state().spec.websocket.ping;
+    let last = connection.last_read.get();
+    let rounds = if pinged == Some(last) { 2 } else { 1 };
+    (!every.is_zero()).then(|| last + every * rounds)
+}
+
+/// Asks a client whether it is there; one that was asked already is not.
+fn ping<P: Protocol>(
+    host: &Rc<Host<P>>,
+    connection: &Rc<Connection>,
+    pinged: &mut Option<Instant>,
+) {
+    let last = connection.last_read.get();
+    if pinged.replace(last) == Some(last) {
+        host.count("ws_silent");
+        return connection.close(Closing::Reset, CloseCause::Idle);
+    }
+    let _cut_off = connection.push_bytes(&websocket::ping(), 2 * host.queued_bytes_max());
+    host.write(connection);
 }
 
 async fn sleep_until(deadline: Option<Instant>) {
@@ -495,8 +532,9 @@ impl<P: Protocol> Reader<P> {
     ) {
         let mut messages = Vec::new();
         let result = websocket.receive(bytes, &mut messages);
-        let began = if messages.is_empty() { connection.began.get().or(Some(now)) } else { None };
-        connection.began.set(began);
+        // Pongs are no messages that one waits for the rest of.
+        let began = connection.began.get().filter(|_| messages.is_empty()).or(Some(now));
+        connection.began.set(began.filter(|_| websocket.has_begun()));
         let output = websocket.take_output();
         if !output.is_empty() {
             // Answers to pings count as a sign of life.

@@ -187,6 +187,11 @@ impl WebSocket {
         if fits { result } else { result.and(Err(Ended::Broken("ws_message_too_long"))) }
     }
 
+    /// Whether a message has begun and is not whole.
+    pub(crate) fn has_begun(&self) -> bool {
+        !self.inner.borrow().unfinished.bytes.is_empty()
+    }
+
     /// What is to be sent besides messages: pongs, the answer to a closing frame.
     pub(crate) fn take_output(&self) -> Vec<u8> {
         let Inner { context, memory, .. } = &mut *self.inner.borrow_mut();
@@ -205,6 +210,14 @@ pub(crate) fn encode(message: &[u8], out: &mut Vec<u8>) {
     // A vector takes all.
     let _written = header.format(message.len() as u64, out);
     out.extend_from_slice(message);
+}
+
+/// Asks whether the other side is there (RFC 6455 5.5.2).
+pub(crate) fn ping() -> Vec<u8> {
+    let mut out = Vec::new();
+    // A vector takes all.
+    let _written = Frame::ping(Bytes::new()).format(&mut out);
+    out
 }
 
 /// The closing frame: we go away (RFC 6455 7.4.1).

@@ -31,6 +31,7 @@ mod tcp;
 mod tcp_idle;
 mod tcp_intake;
 mod tcp_peers;
+mod tcp_pool;
 mod tls;
 mod udp;
 mod upgrade;

@@ -184,9 +184,16 @@ fn connections() -> u64 {
 #[test]
 fn raw_flows_go_over_with_every_byte() {
     let _alone = alone();
-    let (port, backend) = (free_port(), free_port());
+    let [port, backend, dia, da] = [(); 4].map(|()| free_port());
     echo(backend);
-    let mut line = Line::start(&tcp_yaml(port, backend));
+    let more = format!(
+        "listeners:\n  - {{ name: dia, protocol: diameter, bind: [\"tcp://127.0.0.1:{dia}\"], pool: pcrf, options: {{ origin_host: edge.example.net }} }}\n"
+    );
+    let pools = format!(
+        "pools:\n  pcrf: {{ backends: [ {{ id: a, address: \"tcp://127.0.0.1:{da}\" }} ] }}\n"
+    );
+    let yaml = tcp_yaml(port, backend).replace("listeners:\n", &more).replace("pools:\n", &pools);
+    let mut line = Line::start(&yaml);
     let count = connections();
     let (go_on, open) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU64::new(0)));
     let clients = {
@@ -208,6 +215,16 @@ fn raw_flows_go_over_with_every_byte() {
         })
     };
     line.until("all connections", |_| open.load(Ordering::Relaxed) == count);
+    // A hundred Diameter peers besides, for as long as the upgrades take.
+    let folder = line.folder.path().to_owned();
+    let lasting = if count > 1_000 { 30 } else { 8 };
+    let requests = format!(
+        "diameter --target tcp://127.0.0.1:{dia} --answer tcp://127.0.0.1:{da} --connections 100 --rate 60 --for {lasting}s --settle 6s --service 200ms --mix s6a=1"
+    );
+    let requests = load(&folder, "dia.json", &words(&requests));
+    line.until("the peers", |line| {
+        line.json_connections("dia") == 100 && line.in_progress("dia") > 0
+    });
     for _ in 0..3 {
         line.until("all connections in the edge", |line| {
             line.json_connections("db") == count || clients.is_finished()
@@ -219,9 +236,17 @@ fn raw_flows_go_over_with_every_byte() {
     }
     assert_eq!(line.json_connections("db"), count, "{}", line.log(3));
     let pause = line.metric("strowger_upgrade_pause_seconds");
+    assert_eq!(line.json_connections("dia"), 100, "{}", line.log(3));
+    let told = report(&folder, "dia.json", requests);
+    let failed = told["failed"].as_object().cloned().unwrap_or_default();
+    assert!(failed.is_empty() && told["begun"].as_u64() > Some(100), "{told}\n{}", line.log(3));
+    assert!(told["counts"].get("connections_closed").is_none(), "{told}");
     go_on.store(false, Ordering::Relaxed);
     let total = clients.join().expect("every connection had its bytes");
-    println!("{count} connections, {total} bytes, three upgrades; the last took {pause} s");
+    println!(
+        "{count} connections with {total} bytes and 100 Diameter peers with {} requests, three upgrades; the last took {pause} s",
+        told["begun"]
+    );
     line.until("the last connection's end", |line| line.json_connections("db") == 0);
 }
 

@@ -96,6 +96,7 @@ impl Protocol for Line {
             waiting: HashMap::new(),
             number: 0,
             timeouts: VecDeque::new(),
+            doomed: false,
         }
     }
 
@@ -196,6 +197,8 @@ pub(crate) struct LineEngine {
     number: u64,
     /// When to look at which request again; all wait equally long, so they stand in order.
     timeouts: VecDeque<(Instant, u64)>,
+    /// It panics when it is asked for its time.
+    doomed: bool,
 }
 
 impl LineEngine {
@@ -211,7 +214,9 @@ impl LineEngine {
             return refuse(message.from, "expected SESSION TEXT", out);
         };
         if self.settings.options.panic_on.as_deref() == Some(text) {
-            panic!("asked for");
+            self.doomed = text.ends_with("asked");
+            assert!(self.doomed, "asked for");
+            return;
         }
         let Some(pool) = self.settings.pool_for(word) else {
             return refuse(message.from, "no route", out);
@@ -424,6 +429,7 @@ impl Engine for LineEngine {
     }
 
     fn next_timeout(&self) -> Option<Instant> {
+        assert!(!self.doomed, "asked for its time");
         self.timeouts.front().map(|(at, _)| *at)
     }
 

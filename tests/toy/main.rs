@@ -247,6 +247,25 @@ fn an_engine_that_panics_is_restarted_and_counted_and_the_others_go_on() {
 }
 
 #[test]
+fn an_engine_that_panics_when_it_is_asked_something_costs_no_worker() {
+    let one = Instance::start("one");
+    let port = free_port();
+    with_edge(&yaml(&[(port, "panic_on: die asked")], &[&one], ""), |edge| {
+        for round in 1..=2 {
+            let mut client = Client::connect(port);
+            until("it serves", || client.ask("s hello") == "s one heard s say hello");
+            assert_eq!(client.ask("s die asked"), "");
+            until("the panic is counted", || {
+                metric(edge, "strowger_engine_panics_total") >= f64::from(round)
+            });
+        }
+        let mut client = Client::connect(port);
+        until("it serves again", || client.ask("s hello") == "s one heard s say hello");
+        assert_eq!(metric(edge, "strowger_worker_panics_total"), 0.0);
+    });
+}
+
+#[test]
 fn a_worker_that_dies_is_started_again_with_all_its_listeners() {
     let one = Instance::start("one");
     let (port, other) = (free_port(), free_port());

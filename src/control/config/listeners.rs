@@ -118,6 +118,12 @@ impl<'a> Listeners<'a> {
             let message = "goes with connections only: a datagram carries no PROXY header";
             reader.wrong(fields.node_of("accept_proxy"), &fields.path_of("accept_proxy"), message);
         }
+        if fields.get("limits").is_some()
+            && protocol.transports().iter().all(|known| !known.is_stream())
+        {
+            let message = "goes with connections only; flows of datagrams have their bounds in `options`: flows, idle_timeout";
+            reader.wrong(fields.node_of("limits"), &fields.path_of("limits"), message);
+        }
         let mut pools: Vec<&String> =
             pool.iter().chain(routes.iter().map(|(_, pool)| pool)).collect();
         pools.sort();
@@ -591,7 +597,7 @@ fn websocket(reader: &mut Reader, fields: &Fields<'_>) -> WebSocketSpec {
     let mut spec = WebSocketSpec::default();
     let Some(node) = fields.get("websocket") else { return spec };
     let path = fields.path_of("websocket");
-    const KEYS: [&str; 3] = ["origins", "message_bytes", "handshake"];
+    const KEYS: [&str; 4] = ["origins", "message_bytes", "handshake", "ping"];
     let Some(given) = reader.fields(node, &path, &KEYS) else { return spec };
     if let Some(list) = given.get("origins") {
         let at = given.path_of("origins");
@@ -611,6 +617,7 @@ fn websocket(reader: &mut Reader, fields: &Fields<'_>) -> WebSocketSpec {
     let bytes = given.number(reader, "message_bytes", 1_024, 16 << 20);
     set(&mut spec.message_bytes, bytes.map(|count| count as usize));
     set(&mut spec.handshake, given.duration(reader, "handshake"));
+    set(&mut spec.ping, given.duration(reader, "ping"));
     if spec.handshake.is_zero() || spec.handshake > Duration::from_secs(60) {
         let message = "must be over 0 and at most 60s";
         reader.wrong(given.node_of("handshake"), &given.path_of("handshake"), message);

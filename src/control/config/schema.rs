@@ -139,7 +139,7 @@ fn listener(protocol: &dyn Configure, generator: &mut schemars::SchemaGenerator)
             "websocket": { "type": "object", "additionalProperties": false, "properties": {
                 "origins": { "type": "array", "items": { "type": "string" } },
                 "message_bytes": { "type": "integer", "minimum": 1024, "maximum": 16777216 },
-                "handshake": duration } }
+                "handshake": duration, "ping": duration } }
         }
     })
 }

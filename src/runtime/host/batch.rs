@@ -178,6 +178,17 @@ impl<P: Protocol> Batch<'_, P> {
         }
     }
 
+    /// Asks the engine something, so that its panic costs the engine and not the worker.
+    pub(crate) fn ask<R>(&mut self, instead: R, question: impl FnOnce(&P::Engine) -> R) -> R {
+        match catch_unwind(AssertUnwindSafe(|| question(&self.state.engine))) {
+            Ok(answer) => answer,
+            Err(_) => {
+                self.replace_engine();
+                instead
+            }
+        }
+    }
+
     /// The engine panicked: its state cannot be trusted. A new one takes its place, and everything
     /// that the old one held is closed.
     fn replace_engine(&mut self) {

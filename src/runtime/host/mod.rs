@@ -55,6 +55,9 @@ const SCRATCH_BYTES: usize = 64 << 10;
 /// is cut off.
 const CUT_OFF_FACTOR: usize = 4;
 
+/// When a new engine is called whose predecessor panicked when it was asked for its time.
+const AFTER_A_PANIC: std::time::Duration = std::time::Duration::from_millis(100);
+
 /// A listener on one worker.
 pub(crate) struct Host<P: Protocol> {
     pub(crate) worker: WorkerId,
@@ -238,11 +241,14 @@ impl<P: Protocol> Host<P> {
         let mut batch = Batch { host: self, state: &mut state, now };
         let result = work(&mut batch);
         batch.settle();
-        self.rearm(&state);
+        let again = now + AFTER_A_PANIC;
+        let next = batch.ask(Some(again), P::Engine::next_timeout);
+        let in_progress = batch.ask(0, P::Engine::in_progress);
+        self.rearm(&state, next);
         let dials = std::mem::take(&mut state.dials);
         let unparked = std::mem::take(&mut state.unparked);
         self.shared.in_progress[usize::from(self.worker.0)]
-            .store(if state.muted { 0 } else { state.engine.in_progress() }, Ordering::Relaxed);
+            .store(if state.muted { 0 } else { in_progress }, Ordering::Relaxed);
         drop(state);
         for dial in dials {
             crate::runtime::link::dial(self, dial);
@@ -519,11 +525,18 @@ impl<P: Protocol> Host<P> {
         }
     }
 
-    fn rearm(&self, state: &State<P>) {
+    /// Whether the engine takes no more connections.
+    pub(crate) fn is_saturated(self: &Rc<Self>) -> bool {
+        let mut state = self.cell.borrow_mut();
+        Batch { host: self, state: &mut state, now: Instant::now() }
+            .ask(false, P::Engine::is_saturated)
+    }
+
+    fn rearm(&self, state: &State<P>, engine: Option<Instant>) {
         if state.muted {
             return;
         }
-        let wanted = [state.engine.next_timeout(), state.router.next_timeout()];
+        let wanted = [engine, state.router.next_timeout()];
         let Some(next) = wanted.into_iter().flatten().min() else { return };
         // A timer that is armed too early costs one wake; only a later one must be moved.
         if self.armed.get().is_none_or(|armed| next < armed) {

@@ -186,3 +186,41 @@ fn hostile_websocket_clients_are_cut_off() {
     let answer = other.final_answer(Duration::from_secs(30)).expect("an answer");
     assert_eq!(status(&answer), 200);
 }
+
+/// A silent client is asked whether it is there; one that answers stays, without a message, and one
+/// that does not is gone.
+#[test]
+fn silent_websocket_clients_are_asked() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ws = free_port();
+    let edge = Edge::start_in(
+        folder,
+        &format!(
+            "version: 1\nnode: {{ workers: 1 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [\"ws://127.0.0.1:{ws}\", \"udp://127.0.0.1:{}\"]\n    pool: ims\n    websocket: {{ ping: 1s }}\npools:\n  ims: {{ backends: [{{ id: a, address: \"udp://127.0.0.1:{}\" }}] }}\n",
+            free_port(),
+            free_port()
+        ),
+    );
+    let mut stream = TcpStream::connect(("127.0.0.1", ws)).expect("the edge accepts");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("an option");
+    let request = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Protocol: sip\r\n\r\n";
+    stream.write_all(request.as_bytes()).expect("sent");
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).expect("an answer");
+        head.push(byte[0]);
+    }
+    for _ in 0..3 {
+        let mut ping = [0; 2];
+        stream.read_exact(&mut ping).expect("it asks");
+        assert_eq!(ping, [0x89, 0]);
+        stream.write_all(&[0x8a, 0x80, 1, 2, 3, 4]).expect("open");
+    }
+    assert_eq!(counted(&edge, "ws_silent"), 0.0);
+    let mut rest = Vec::new();
+    // A reset is an end as well.
+    let _end = stream.read_to_end(&mut rest);
+    assert_eq!(rest, [0x89, 0], "asked once more, and then no longer there");
+    edge.until("it to be counted", |edge| counted(edge, "ws_silent") == 1.0);
+}

@@ -52,3 +52,5 @@ pub use fleet::{BindFailure, Fleet, ListenerView, Prepared};
 pub use handover::is_item;
 pub use launch::{Launch, launcher};
 pub use resolve::{Answer, Reply, Resolver};
+#[doc(hidden)]
+pub use websocket::websocket_messages;

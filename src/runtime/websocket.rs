@@ -201,6 +201,25 @@ impl WebSocket {
     }
 }
 
+/// For the fuzz target: the messages that a connection's bytes hold as they come in these pieces, and
+/// how it ended, if it did.
+#[doc(hidden)]
+#[must_use]
+pub fn websocket_messages<'a>(
+    pieces: &mut dyn Iterator<Item = &'a [u8]>,
+) -> (Vec<Bytes>, Option<&'static str>) {
+    let spec = WebSocketSpec { message_bytes: 4_096, ..WebSocketSpec::default() };
+    let (websocket, mut messages) = (WebSocket::new(&spec), Vec::new());
+    for piece in pieces {
+        match websocket.receive(piece, &mut messages) {
+            Ok(()) => {}
+            Err(Ended::Closed) => return (messages, Some("closed")),
+            Err(Ended::Broken(why)) => return (messages, Some(why)),
+        }
+    }
+    (messages, None)
+}
+
 /// Appends a message as one frame. Text where it is text (RFC 7118 5: either may be sent, and
 /// browsers' stacks expect text).
 pub(crate) fn encode(message: &[u8], out: &mut Vec<u8>) {

@@ -106,3 +106,39 @@ fn tests_take_free_ports() {
 fn no_path_of_one_machine() {
     check(rules::machine_paths);
 }
+
+/// `module::test` in docs/sip-acceptance.md is a test, and each sipp scenario stands there.
+#[test]
+fn what_is_said_to_show_something_is_there() {
+    let files = files();
+    let text = |name: &str| {
+        let found = files.iter().find(|(known, _)| known == name);
+        found.map_or("", |(_, text)| text.as_str())
+    };
+    let list = text("docs/sip-acceptance.md");
+    let mut named = 0;
+    for name in list.split('`').filter(|word| word.contains("::") && !word.contains(' ')) {
+        let (module, test) = name.rsplit_once("::").expect("it has one");
+        if test.starts_with(|letter: char| letter.is_uppercase()) {
+            continue;
+        }
+        named += 1;
+        let is_there = files.iter().any(|(file, text)| {
+            let stem = file.rsplit('/').next().and_then(|last| last.strip_suffix(".rs"));
+            let folder = file.rsplit('/').nth(1);
+            (stem == Some(module) || folder == Some(module))
+                && text.contains(&format!("fn {test}("))
+        });
+        assert!(is_there, "docs/sip-acceptance.md names {name}, and there is none");
+    }
+    assert!(named > 60, "only {named} tests are named");
+    for (file, _) in &files {
+        if let Some(name) = file
+            .strip_prefix("tests/it/sip/scenarios/")
+            .and_then(|name| name.strip_suffix(".uac.xml"))
+        {
+            let wanted = format!("| `{name}` |");
+            assert!(list.contains(&wanted), "docs/sip-acceptance.md does not name {name}");
+        }
+    }
+}

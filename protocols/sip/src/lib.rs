@@ -27,6 +27,8 @@ mod answers;
 pub mod branch;
 mod calls;
 mod classify;
+#[doc(hidden)]
+pub mod doors;
 mod engine;
 mod failures;
 mod finish;

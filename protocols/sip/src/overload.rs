@@ -71,13 +71,13 @@ impl OverloadControl {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Told {
     /// Percent.
-    loss: u32,
+    pub(crate) loss: u32,
     /// In a second; `None`: as many as there are.
-    rate: Option<u32>,
-    prefer: Algorithm,
-    validity_ms: u32,
+    pub(crate) rate: Option<u32>,
+    pub(crate) prefer: Algorithm,
+    pub(crate) validity_ms: u32,
     /// Seconds and milliseconds: it only grows.
-    sequence: (u64, u32),
+    pub(crate) sequence: (u64, u32),
 }
 
 /// What a pool's neighbours shall leave out next, in thousandths. What is refused is a share of what

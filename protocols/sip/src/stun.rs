@@ -29,7 +29,7 @@ fn is_space(byte: u8) -> bool {
 }
 
 /// The answer to a STUN binding request (RFC 5389 7.3.1, 15.2): where it came from. `None`: it is none.
-fn answer(request: &[u8], source: SocketAddr, out: &mut Vec<u8>) -> Option<()> {
+pub(crate) fn answer(request: &[u8], source: SocketAddr, out: &mut Vec<u8>) -> Option<()> {
     let header = request.get(..HEADER_BYTES)?;
     let length = usize::from(u16::from_be_bytes([header[2], header[3]]));
     if header[..2] != BINDING_REQUEST

@@ -205,8 +205,8 @@ impl WebSocket {
 /// how it ended, if it did.
 #[doc(hidden)]
 #[must_use]
-pub fn websocket_messages<'a>(
-    pieces: &mut dyn Iterator<Item = &'a [u8]>,
+pub fn websocket_messages(
+    pieces: &mut dyn Iterator<Item = &[u8]>,
 ) -> (Vec<Bytes>, Option<&'static str>) {
     let spec = WebSocketSpec { message_bytes: 4_096, ..WebSocketSpec::default() };
     let (websocket, mut messages) = (WebSocket::new(&spec), Vec::new());

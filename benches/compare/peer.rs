@@ -18,12 +18,22 @@ pub(crate) const LOAD_CORE: &str = "1";
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    Strowger { mode: &'static str, workers: u8 },
-    Floor { scheme: &'static str },
-    Kamailio { mode: &'static str, children: u8 },
+    Strowger {
+        mode: &'static str,
+        workers: u8,
+    },
+    Floor {
+        scheme: &'static str,
+    },
+    Kamailio {
+        mode: &'static str,
+        children: u8,
+    },
     FreeDiameter,
     Haproxy,
     Nginx,
+    /// None: the load's clients talk to its servers.
+    Direct,
 }
 
 impl Kind {
@@ -37,6 +47,7 @@ impl Kind {
             Self::FreeDiameter => "freeDiameter".into(),
             Self::Haproxy => "haproxy".into(),
             Self::Nginx => "nginx stream".into(),
+            Self::Direct => "no proxy".into(),
         }
     }
 }
@@ -102,12 +113,14 @@ pub(crate) struct Ports {
     pub(crate) admin: u16,
     pub(crate) a: u16,
     pub(crate) b: u16,
+    pub(crate) c: u16,
+    pub(crate) d: u16,
 }
 
 impl Ports {
     pub(crate) fn find() -> Self {
-        let [listen, other, admin, a, b] = ports();
-        Self { listen, other, admin, a, b }
+        let [listen, other, admin, a, b, c, d] = ports();
+        Self { listen, other, admin, a, b, c, d }
     }
 }
 
@@ -141,6 +154,9 @@ impl Peer {
             }
             Kind::Kamailio { mode, children } => kamailio(&mut command, run, ports, mode, children),
             Kind::FreeDiameter => free_diameter(&mut command, run, ports),
+            Kind::Direct => {
+                command.args(["sleep", "1000"]);
+            }
             Kind::Haproxy => {
                 let text = fill(include_str!("peers/haproxy.cfg"), run, ports);
                 fs::write(run.join("haproxy.cfg"), text).expect("written");
@@ -241,6 +257,8 @@ fn fill(text: &str, run: &Path, ports: Ports) -> String {
         .replace("@ADMIN@", &ports.admin.to_string())
         .replace("@SERVER_A@", &ports.a.to_string())
         .replace("@SERVER_B@", &ports.b.to_string())
+        .replace("@SERVER_C@", &ports.c.to_string())
+        .replace("@SERVER_D@", &ports.d.to_string())
 }
 
 fn kamailio(command: &mut Command, run: &Path, ports: Ports, mode: &str, children: u8) {

@@ -65,7 +65,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "diameter",
-        title: "Diameter relay: Gx, Gy and S6a, 500 B requests, 8 clients, 2 servers",
+        title: "Diameter relay: Gx, Gy and S6a, 500 B requests, 8 client and 4 server connections",
         unit: "transaction",
         protocol: Protocol::Diameter,
         load: &[
@@ -124,6 +124,9 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         peers: TCP_PEERS,
     },
 ];
+
+/// What is told of latencies, at equal work and at shares of the capacity.
+const QUANTILES: [&str; 4] = ["p50", "p90", "p99", "p999"];
 
 /// How it is run.
 pub(crate) struct Run {
@@ -201,6 +204,9 @@ impl Run {
             .map(|(kind, samples)| self.result(scenario, *kind, samples))
             .collect();
         print_table(scenario, &results);
+        if scenario.protocol == Protocol::Diameter {
+            print_latencies(&results);
+        }
         let file = self.out.join(format!("{}.json", scenario.name));
         let all = json!({
             "scenario": scenario.name,
@@ -229,8 +235,20 @@ impl Run {
         let (capacity, latencies) = if scenario.capacity_from > 0 {
             let capacity = self.capacity(scenario, kind);
             let at = |percent: u32| {
-                let sample = self.sample(scenario, kind, capacity.0 * percent / 100);
-                json!({ "percent": percent, "p50": sample.latency_us("p50"), "p99": sample.latency_us("p99") })
+                let rate = capacity.0 * percent / 100;
+                let sample = self.sample(scenario, kind, rate);
+                let mut told = json!({ "percent": percent, "rate": rate });
+                let mut tell = |name: &str, sample: &Sample| {
+                    told[name] = QUANTILES.map(|quantile| sample.latency_us(quantile)).into();
+                };
+                tell("quantiles_us", &sample);
+                if scenario.protocol == Protocol::Diameter {
+                    // What the clients and servers themselves take.
+                    tell("without_proxy_us", &self.sample(scenario, Kind::Direct, rate));
+                }
+                told["p50"] = sample.latency_us("p50").into();
+                told["p99"] = sample.latency_us("p99").into();
+                told
             };
             (
                 json!({ "rate": capacity.0, "generator_full": capacity.1 }),
@@ -243,6 +261,7 @@ impl Run {
             "proxy": kind.name(),
             "cpu_us": spread(&|sample| sample.cpu_us_per_unit(scenario)),
             "p50_us": spread(&|sample| sample.latency_us("p50")),
+            "quantiles_us": QUANTILES.map(|quantile| spread(&|sample| sample.latency_us(quantile))),
             "p99_us": spread(&|sample| sample.latency_us("p99")),
             "units": spread(&|sample| sample.units(scenario)),
             "memory_kib": spread(&|sample| sample.memory_kib as f64),
@@ -286,6 +305,7 @@ impl Run {
         let ports = Ports::find();
         let proxy = Peer::start(kind, ports, scenario.protocol == Protocol::Diameter);
         let single = matches!(kind, Kind::Floor { .. }) || scenario.protocol == Protocol::Tcp;
+        let direct = kind == Kind::Direct;
         let (protocol, scheme) = match scenario.protocol {
             Protocol::Sip => ("sip", "udp"),
             Protocol::Diameter => ("diameter", "tcp"),
@@ -294,11 +314,15 @@ impl Run {
         let address = |port: u16| format!("{scheme}://127.0.0.1:{port}");
         let mut load = Command::new("taskset");
         load.args(["-c", LOAD_CORE, env!("CARGO_BIN_EXE_strowger"), "load", protocol, "--json"])
-            .args(["--target", &address(ports.listen), "--answer", &address(ports.a)])
+            .args(["--target", &address(if direct { ports.a } else { ports.listen })])
+            .args(["--answer", &address(ports.a)])
             .args(["--for", &format!("{}s", self.seconds), "--rate", &rate.max(1).to_string()])
             .args(scenario.load);
-        if !single {
+        if !single && !direct {
             load.args(["--answer", &address(ports.b)]);
+        }
+        if scenario.protocol == Protocol::Diameter && !direct {
+            load.args(["--answer", &address(ports.c), "--answer", &address(ports.d)]);
         }
         // The servers are the load's own: what a proxy spends on finding them is not counted.
         let load = load.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
@@ -348,5 +372,32 @@ fn print_table(scenario: &Scenario, results: &[Value]) {
             capacity,
             number("/memory_kib/median") / 1_024.0,
         );
+    }
+}
+
+/// CPU time per 100,000, and latencies against those without a proxy.
+fn print_latencies(results: &[Value]) {
+    let milliseconds = |list: &Value| {
+        let each = list.as_array().into_iter().flatten().filter_map(Value::as_f64);
+        each.map(|us| format!("{:>8.3}", us / 1_000.0)).collect::<Vec<_>>().join(" ")
+    };
+    for result in results {
+        let cpu = result["cpu_us"]["median"].as_f64().unwrap_or(0.0);
+        println!(
+            "  {}: {:.2} s of CPU per 100,000 transactions, {:.0} transactions per second of CPU",
+            result["proxy"].as_str().unwrap_or(""),
+            cpu / 10.0,
+            1e6 / cpu.max(1e-9)
+        );
+        for at in result["latency_at_share_of_capacity"].as_array().into_iter().flatten() {
+            println!(
+                "    at {:>2} % ({:>6}/s)  {} = {} ms; without a proxy {}",
+                at["percent"],
+                at["rate"],
+                QUANTILES.join(", "),
+                milliseconds(&at["quantiles_us"]),
+                milliseconds(&at["without_proxy_us"])
+            );
+        }
     }
 }

@@ -145,6 +145,10 @@ impl<P: Protocol> Configure for Configurer<P> {
         let mut rules = Vec::new();
         for (index, rule) in scope.classify.iter().enumerate() {
             let path = format!("classify[{index}].match");
+            for key in P::ROUTE_KEYS.iter().filter(|key| rule.matching.get(key).is_some()) {
+                let message = "goes with routes only: a class does nothing to messages".into();
+                errors.push(OptionsError { path: format!("{path}.{key}"), message });
+            }
             let (class, even_carried) = (rule.class, rule.even_carried);
             if let Some(matching) =
                 read::<P::Match>(&rule.matching, &path, &match_keys, &mut errors)

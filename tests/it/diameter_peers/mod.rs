@@ -6,6 +6,7 @@ mod errors;
 mod freediameter;
 mod mediation;
 mod secure;
+mod several;
 mod stacks;
 mod tap;
 mod trace;

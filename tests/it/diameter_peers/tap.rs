@@ -25,12 +25,14 @@ struct Stream {
 pub(crate) struct Tap {
     pub(crate) port: u16,
     streams: Arc<Mutex<Vec<Stream>>>,
+    /// The near sides of its connections, in their order.
+    open: Arc<Mutex<Vec<TcpStream>>>,
 }
 
 impl Tap {
     /// Listens on a port of its own, for connections to `target`.
     pub(crate) fn to(target: u16) -> Self {
-        let tap = Self { port: free_port(), streams: Arc::default() };
+        let tap = Self { port: free_port(), streams: Arc::default(), open: Arc::default() };
         let listener = TcpListener::bind(("127.0.0.1", tap.port)).expect("a free port");
         let keeper = tap.clone();
         thread::spawn(move || {
@@ -38,6 +40,7 @@ impl Tap {
                 // Who finds nobody there is told so by the closed connection.
                 let Ok(far) = TcpStream::connect(("127.0.0.1", target)) else { continue };
                 let handle = |stream: &TcpStream| stream.try_clone().expect("a handle");
+                keeper.open.lock().unwrap_or_else(PoisonError::into_inner).push(handle(&near));
                 keeper.clone().copy(handle(&near), handle(&far), true);
                 keeper.clone().copy(far, near, false);
             }
@@ -69,10 +72,15 @@ impl Tap {
 
     /// The messages of one direction, connection by connection.
     fn messages(&self, forward: bool) -> Vec<Vec<u8>> {
+        self.by_connection(forward).concat()
+    }
+
+    /// The messages of one direction, of each connection in its order.
+    pub(crate) fn by_connection(&self, forward: bool) -> Vec<Vec<Vec<u8>>> {
         let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut messages = Vec::new();
-        for stream in streams.iter().filter(|stream| stream.forward == forward) {
-            let mut rest = stream.bytes.as_slice();
+        let ours = streams.iter().filter(|stream| stream.forward == forward);
+        let messages = ours.map(|stream| {
+            let (mut messages, mut rest) = (Vec::new(), stream.bytes.as_slice());
             while let Framing::Message(length) =
                 DiameterFramer.frame(rest).expect("both sides speak Diameter")
             {
@@ -80,8 +88,15 @@ impl Tap {
                 messages.push(message.to_vec());
                 rest = others;
             }
-        }
-        messages
+            messages
+        });
+        messages.collect()
+    }
+
+    /// Ends a connection, by its place in the order.
+    pub(crate) fn cut(&self, place: usize) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let _gone = open[place].shutdown(Shutdown::Both);
     }
 
     /// What the side that connected sent.

@@ -5,7 +5,7 @@
          handle_answer/4, handle_error/4, handle_request/3]).
 
 service(Host) ->
-    [{'Origin-Host', Host}, {'Origin-Realm', "example.net"}, {'Vendor-Id', 0}, {'Product-Name', "otp"},
+    [{restrict_connections, false}, {'Origin-Host', Host}, {'Origin-Realm', "example.net"}, {'Vendor-Id', 0}, {'Product-Name', "otp"},
      {'Acct-Application-Id', [3]},
      {application, [{alias, acct}, {dictionary, diameter_gen_acct_rfc6733}, {module, ?MODULE}]}].
 

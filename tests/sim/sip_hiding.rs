@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use serde_json::{Value, json};
 use strowger_contract::{Endpoint, TokenKeys, Transport};
-use strowger_sip::hide::{Mask, mask_request, mask_response, unmask};
+use strowger_sip::hide::{Mask, mask_request, mask_response, unmask, unmask_anywhere};
 use strowger_sip::scan::Scan;
 
 use crate::sip_bench::{Bench, CLIENT, answer, backend, header, remote, request, starts};
@@ -195,6 +195,63 @@ fn call_ids_in_other_headers_are_read_where_they_come_back() {
     assert_eq!(header(&out, "Refer-To"), "<sip:a@b?Replaces=id%4010.0.0.1%3Bto-tag%3D1>");
 }
 
+/// Nobody gets a word read by having it echoed: not in what answers repeat, and not by a request that goes
+/// round to himself.
+#[test]
+fn words_are_not_read_for_who_carries_them() {
+    let keys = TokenKeys::new(vec![[3; 16]]);
+    let cloaked = |kind: u8, text: &str| {
+        let mut word = format!("swth-{}", char::from(kind)).into_bytes();
+        keys.cloak(kind, text.as_bytes(), &mut word);
+        String::from_utf8(word).expect("letters")
+    };
+    let (uri, via) =
+        (cloaked(b'u', "sip:bob@10.0.0.1:5070"), cloaked(b'v', "SIP/2.0/UDP 10.77.0.9"));
+    let mut bench = Bench::new(options("stateful", "clients"), "", vec![backend(1, None)]);
+    let more = format!(
+        "Via: SIP/2.0/UDP 10.9.9.9:5060;branch=z9hG4bK{via}\r\nRecord-Route: <sip:{uri}@10.9.9.9:5060;lr>\r\nRoute: <sip:{uri}@10.9.9.9:5060;lr>\r\n"
+    );
+    let text = request("INVITE", "c1", &more)
+        .replace("<sip:bob@example.net>", &format!("<sip:{uri}@10.9.9.9:5060>"))
+        .replace("sip:bob@example.net SIP", &format!("sip:{uri}@10.9.9.9:5060 SIP"));
+    let sent = bench.client(&text);
+    for (to, text) in &sent {
+        if remote(*to).to_string() == CLIENT {
+            is_hidden(text);
+        }
+    }
+    let invite = sent.last().expect("it went on").clone();
+    assert!(invite.1.starts_with("INVITE sip:bob@10.0.0.1:5070 SIP/2.0\r\n"), "{}", invite.1);
+    for line in ["180 Ringing", "486 Busy"] {
+        let back = bench.answers(&invite, line, "");
+        for (to, text) in back {
+            if remote(to).to_string() == CLIENT {
+                is_hidden(&text);
+            }
+        }
+    }
+    bench.rests();
+    // He has registered, and knows the Path of his own flow.
+    let register = request("REGISTER", "r", "Supported: path\r\n");
+    let sent = bench.client(&register);
+    let path = header(&sent[0].1, "Path").to_owned();
+    bench.answers(&sent[0], "200 OK", "");
+    let other = "198.51.100.9:5070".parse().expect("an address");
+    let round = request("INVITE", "c2", &format!("Route: {path}\r\n"))
+        .replace("sip:bob@example.net SIP", &format!("sip:{uri}@10.9.9.9:5060 SIP"));
+    assert_eq!(starts(&bench.gets(other, &round)), ["403"]);
+    // Without such a word it goes over the flow; and its answers are not read for the other one.
+    let sent = bench.gets(other, &request("INVITE", "c3", &format!("Route: {path}\r\n")));
+    let got =
+        sent.iter().find(|(_, text)| text.starts_with("INVITE")).expect("over the flow").clone();
+    let more = format!("Contact: <sip:{uri}@10.9.9.9:5060>\r\n");
+    let back = bench.answers(&got, "302 Moved", &more);
+    for (_, text) in back {
+        is_hidden(&text);
+    }
+    bench.rests();
+}
+
 #[test]
 fn registrations_keep_their_contacts_and_hide_the_service_route() {
     let mut bench = Bench::new(options("stateful", "clients"), "", vec![backend(1, None)]);
@@ -262,11 +319,11 @@ proptest! {
             return Ok(());
         }
         scan.scan(&hidden).expect("a message still");
-        let done = unmask(&hidden, &scan, &keys, &mut back);
+        let done = unmask_anywhere(&hidden, &scan, &keys, &mut back);
         prop_assert_eq!(String::from_utf8_lossy(&back), text);
         prop_assert_eq!(done.unreadable, 0);
         // And nobody else reads it.
         let strangers = TokenKeys::new(vec![[2; 16]]);
-        prop_assert_eq!(unmask(&hidden, &scan, &strangers, &mut back).read, 0);
+        prop_assert_eq!(unmask_anywhere(&hidden, &scan, &strangers, &mut back).read, 0);
     }
 }

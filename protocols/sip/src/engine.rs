@@ -9,18 +9,20 @@ use strowger_contract::{
     WorkerId, stable_hash,
 };
 
+use crate::branch::Branch;
 use crate::calls::Calls;
 use crate::guard::Guard;
-use crate::hide::{call_id_word, keep_call_id, unmask};
+use crate::hide::{call_id_word, goes_back_inside, keep_call_id, unmask};
 use crate::local::Local;
 use crate::lookup::Held;
 use crate::options::{Matched, Mode, SipMatch, SipOptions, Sips};
 use crate::overload::Overload;
 use crate::pace::Pace;
 use crate::place::Large;
-use crate::scan::{Scan, ScanError, Start};
-use crate::target::Target;
+use crate::scan::{Name, Scan, ScanError, Start};
+use crate::target::{Hop, Target};
 use crate::transaction::Transactions;
+use crate::via::Via;
 use crate::{Sip, responses};
 
 /// What the configuration says.
@@ -112,6 +114,8 @@ pub struct SipEngine {
     pub(crate) scratch: Vec<u8>,
     pub(crate) edit_scan: Scan,
     pub(crate) edited: Vec<u8>,
+    /// The message that is looked at had hidden words, and they were read.
+    revealed: bool,
     /// A message as it was before it was hidden, and where things are in it.
     unmasked: Vec<u8>,
     unmasked_scan: Scan,
@@ -137,6 +141,7 @@ impl SipEngine {
             scratch: Vec::new(),
             edit_scan: Scan::default(),
             edited: Vec::new(),
+            revealed: false,
             unmasked: Vec::new(),
             unmasked_scan: Scan::default(),
             pace: Pace::default(),
@@ -202,6 +207,10 @@ impl SipEngine {
         plain: &mut Vec<u8>,
         out: &mut Outbox,
     ) -> bool {
+        // The answer to what crossed no border says nothing that its sender may have read here.
+        if matches!(scan.start, Start::Response { .. }) && !self.crossed(message, scan) {
+            return false;
+        }
         let done = unmask(message, scan, keys, plain);
         if done.unreadable > 0 {
             out.note(Note::Count("sip_hidden_unreadable"));
@@ -222,7 +231,47 @@ impl SipEngine {
             }
         }
         std::mem::swap(scan, known);
+        self.revealed = true;
         true
+    }
+
+    /// Whether a response is to a request that was hidden on its way from the one side to the other.
+    fn crossed(&mut self, message: &[u8], scan: &Scan) -> bool {
+        let via = scan.value(message, Name::Via).and_then(Via::first);
+        let branch = via.and_then(|(via, _)| via.branch()).and_then(Branch::read);
+        let (Some((branch, _)), Some(hiding)) = (branch, &self.settings.options.topology_hiding)
+        else {
+            return false;
+        };
+        if !branch.stateless && branch.worker != self.settings.worker {
+            // The worker that has it looks again.
+            return false;
+        }
+        match self.transactions.current(branch.slot, branch.generation) {
+            Some(known) if !branch.stateless => {
+                let from_backend = known.from_backend;
+                known.leg(branch.attempt).is_some_and(|leg| {
+                    let to_instance = leg.backend.is_some();
+                    to_instance != from_backend && hiding.hides(to_instance)
+                })
+            }
+            _ => goes_back_inside(message, scan),
+        }
+    }
+
+    /// Whether a request had words of ours read and would go to the side that shall not see them: only
+    /// who wants to know what they say sends such.
+    pub(crate) fn would_tell(&self, target: &Target<'_>, router: &dyn Router) -> bool {
+        let hides = self.settings.options.topology_hiding.as_ref();
+        let to_instance = match target.hop {
+            Hop::Backend { .. } => true,
+            Hop::Address { address, .. } => router.backend_at(address).is_some(),
+            Hop::Flow { .. } | Hop::Name { .. } => false,
+            Hop::Nowhere(..) => return false,
+        };
+        self.revealed
+            && to_instance == target.from_backend
+            && hides.is_some_and(|hiding| hiding.hides(to_instance))
     }
 }
 
@@ -240,6 +289,7 @@ impl Engine for SipEngine {
         let mut scan = std::mem::take(&mut self.scan);
         let result = scan.scan(message.bytes);
         let mut plain = std::mem::take(&mut self.unmasked);
+        self.revealed = false;
         let hides = self.settings.options.topology_hiding.is_some() && result.is_ok();
         if hides && self.reveal(message.bytes, &mut scan, router.token_keys(), &mut plain, out) {
             let message = Message { bytes: &plain, ..message };

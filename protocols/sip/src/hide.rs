@@ -327,44 +327,118 @@ pub struct Unmasked {
     pub unreadable: u32,
 }
 
-/// Writes a message with its cloaked words as what they were. If none was read, `out` is of no use.
+/// Writes a message with its cloaked words as what they were, where they may come back: what would be
+/// echoed to its sender is left alone, so that nobody has a word read that is not meant for him. If none
+/// was read, `out` is of no use.
 pub fn unmask(message: &[u8], scan: &Scan, keys: &TokenKeys, out: &mut Vec<u8>) -> Unmasked {
+    unmask_where(message, scan, keys, kinds_in, out)
+}
+
+/// As [`unmask`], in whatever header: what a property test reads back.
+#[doc(hidden)]
+pub fn unmask_anywhere(
+    message: &[u8],
+    scan: &Scan,
+    keys: &TokenKeys,
+    out: &mut Vec<u8>,
+) -> Unmasked {
+    unmask_where(message, scan, keys, |_, _| &[URI, BARE_URI, VIA, CALL_ID], out)
+}
+
+/// What kinds of words may come back in a header; of the start line if there is no name.
+fn kinds_in(request: bool, name: Option<&[u8]>) -> &'static [u8] {
+    let Some(name) = name else { return if request { &[URI, BARE_URI] } else { &[] } };
+    let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
+    let one_of = |names: &[&str]| names.iter().any(|known| is(known));
+    if one_of(&["Call-ID", "i"]) {
+        &[CALL_ID]
+    } else if request && one_of(&["Route", "Referred-By", "b"]) {
+        &[URI, BARE_URI]
+    } else if request && one_of(&["Refer-To", "r"]) {
+        &[URI, BARE_URI, CALL_ID]
+    } else if request && one_of(&["Replaces", "Join", "Target-Dialog", "In-Reply-To"]) {
+        &[CALL_ID]
+    } else if !request && one_of(&["Via", "v"]) {
+        &[VIA]
+    } else if !request && one_of(&["Record-Route", "Contact", "m"]) {
+        &[URI, BARE_URI]
+    } else {
+        &[]
+    }
+}
+
+fn unmask_where(
+    message: &[u8],
+    scan: &Scan,
+    keys: &TokenKeys,
+    allowed: impl Fn(bool, Option<&[u8]>) -> &'static [u8],
+    out: &mut Vec<u8>,
+) -> Unmasked {
     let mut done = Unmasked::default();
     let head = &message[..scan.body_at.min(message.len())];
     if memmem::find(head, PREFIX).is_none() {
         return done;
     }
+    let request = matches!(scan.start, Start::Request { .. });
     let mut edit = Edit::new(message, out);
-    let mut at = 0;
+    let kinds = allowed(request, None);
+    unmask_line(head, (0, scan.headers_at), kinds, scan, keys, &mut edit, &mut done);
+    for (name, line, _) in lines(message, scan) {
+        let kinds = allowed(request, Some(name));
+        unmask_line(head, (line.from(), line.to()), kinds, scan, keys, &mut edit, &mut done);
+    }
+    edit.end();
+    done
+}
+
+fn unmask_line(
+    head: &[u8],
+    (mut at, line_end): (usize, usize),
+    kinds: &[u8],
+    scan: &Scan,
+    keys: &TokenKeys,
+    edit: &mut Edit<'_>,
+    done: &mut Unmasked,
+) {
+    let head = &head[..line_end.min(head.len())];
     while let Some(found) = head.get(at..).and_then(|rest| memmem::find(rest, PREFIX)) {
         let from = at + found;
         let word = from + PREFIX.len();
         let end = head[word..].iter().position(|byte| !is_cloaked(*byte));
         let end = end.map_or(head.len(), |length| word + length);
         at = end;
-        let Some((&kind, letters)) = head[word..end].split_first() else { continue };
-        let place = around(head, scan, kind, from, end).filter(|(start, _)| *start >= edit.copied);
+        let Some((kind, letters)) = head[word..end].split_first() else { continue };
+        if !kinds.contains(kind) {
+            continue;
+        }
+        let place = around(head, scan, *kind, from, end).filter(|(start, _)| *start >= edit.copied);
         let Some((start, stop)) = place else {
             done.unreadable += 1;
             continue;
         };
         edit.replace(start, start, |_| {});
         let written = edit.out.len();
-        if !keys.uncloak(kind, letters, edit.out) {
+        if !keys.uncloak(*kind, letters, edit.out) {
             done.unreadable += 1;
             continue;
         }
         done.read += 1;
         edit.copied = stop;
         at = at.max(stop);
-        if kind == CALL_ID && from > 0 && head[from - 1] == b'=' {
+        if *kind == CALL_ID && from > 0 && head[from - 1] == b'=' {
             // Within a URI, as `Replaces` in a Refer-To. Rare, so it may allocate.
             let plain = edit.out.split_off(written);
             escape(&plain, edit.out);
         }
     }
-    edit.end();
-    done
+}
+
+/// Whether the second Via of a response is hidden: the request came from the hidden side.
+pub(crate) fn goes_back_inside(message: &[u8], scan: &Scan) -> bool {
+    let mut vias = scan.all(Name::Via).flat_map(|via| values(via.value.of(message)));
+    let second = vias.nth(1).and_then(Via::first).and_then(|(via, _)| via.branch());
+    let word = second.and_then(|branch| branch.strip_prefix(b"z9hG4bK"));
+    word.is_some_and(|word| word.starts_with(PREFIX))
 }
 
 /// The range that a word of that kind stands for: all that was written around it.

@@ -99,6 +99,10 @@ impl SipEngine {
         if let Hop::Backend { pool, .. } = target.hop {
             self.be_telling(now, Some(pool), router);
         }
+        if self.would_tell(&target, router) {
+            out.note(Note::Count("sip_hidden_kept"));
+            return self.refuse(now, incoming, class, &Answer::new(403, "Forbidden"), out);
+        }
         if self.settings.is_stateless() {
             return self.forward_stateless(now, incoming, &target, class, router, out);
         }
@@ -361,6 +365,9 @@ impl SipEngine {
         if let Some(keeper) = self.kept_elsewhere(&target, incoming.method) {
             // Of a re-INVITE that went there, too.
             return out.hand_over(keeper, &incoming.message);
+        }
+        if self.would_tell(&target, router) {
+            return out.drop_message("ack_would_tell");
         }
         self.call_acknowledged(now, incoming, router);
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);

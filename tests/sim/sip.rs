@@ -10,7 +10,7 @@ use strowger_contract::{
     BackendId, CloseCause, Command, Context, Endpoint, Engine, LocalSocket, LookupId, Message,
     Outbox, PeerChange, Place, Protocol, RequestOutcome, Scope, Transport, Unresolved, WorkerId,
 };
-use strowger_sip::hide::TopologyHiding;
+use strowger_sip::hide::{HideFrom, TopologyHiding};
 use strowger_sip::{Sip, SipEngine, SipMatch, SipOptions};
 
 use crate::world::{Change, MS, Queue, SECOND, World, dice_for};
@@ -161,7 +161,10 @@ pub(crate) fn simulate(seed: u64) {
     };
     let options = SipOptions {
         recurse: seed % 2 == 1,
-        topology_hiding: seed.is_multiple_of(3).then(TopologyHiding::default),
+        topology_hiding: seed.is_multiple_of(3).then(|| TopologyHiding {
+            from: if seed.is_multiple_of(2) { HideFrom::Both } else { HideFrom::Clients },
+            ..TopologyHiding::default()
+        }),
         ..SipOptions::default()
     };
     let hides = options.topology_hiding.is_some();

@@ -51,6 +51,11 @@ fn bind_one(local: &LocalSocket, reuse_port: bool) -> io::Result<BoundSocket> {
             let listener = bind_stream(local.address, reuse_port)?;
             Ok(BoundSocket::Stream(listener, local.transport))
         }
+        #[cfg(feature = "sctp")]
+        Transport::Sctp => {
+            let listener = super::sctp::listen(local.address, reuse_port, BACKLOG)?;
+            Ok(BoundSocket::Stream(listener, local.transport))
+        }
         other => Err(io::Error::new(
             io::ErrorKind::Unsupported,
             format!(

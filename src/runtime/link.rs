@@ -340,6 +340,12 @@ pub(crate) async fn open<P: Protocol>(
     if transport == Transport::Unix {
         return open_unix(address, timeout).await;
     }
+    #[cfg(feature = "sctp")]
+    if transport == Transport::Sctp {
+        let (socket, local) = open_sctp(host, address, timeout).await?;
+        let (stream, facts) = (Stream::Tcp(socket), PeerFacts::NONE);
+        return Ok(Dialed { stream, address, local, transport, facts });
+    }
     let socket = connect(address, timeout).await?;
     let local = socket.local_addr().map_err(|_| CloseCause::Reset)?;
     let (stream, facts) = match transport {
@@ -351,6 +357,26 @@ pub(crate) async fn open<P: Protocol>(
         _ => (Stream::Tcp(socket), PeerFacts::NONE),
     };
     Ok(Dialed { stream, address, local, transport, facts })
+}
+
+#[cfg(feature = "sctp")]
+async fn open_sctp<P: Protocol>(
+    host: &Rc<Host<P>>,
+    address: SocketAddr,
+    timeout: Duration,
+) -> Result<(TcpStream, SocketAddr), CloseCause> {
+    let socket = match tokio::time::timeout(timeout, super::sctp::connect(address)).await {
+        Err(_) => return Err(CloseCause::ConnectTimeout),
+        Ok(Err(error)) => {
+            if super::sctp::is_missing(&error) {
+                host.shared.event(NodeEvent::NoSctp { error: error.to_string() });
+            }
+            return Err(cause_of(&error));
+        }
+        Ok(Ok(socket)) => socket,
+    };
+    let local = socket.local_addr().map_err(|_| CloseCause::Reset)?;
+    Ok((socket, local))
 }
 
 async fn open_unix(address: SocketAddr, timeout: Duration) -> Result<Dialed, CloseCause> {

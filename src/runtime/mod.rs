@@ -37,6 +37,8 @@ mod link;
 mod mailbox;
 mod proxy;
 mod resolve;
+#[cfg(feature = "sctp")]
+mod sctp;
 mod shared;
 mod socket;
 mod splice;

@@ -48,6 +48,8 @@ pub(crate) enum NodeEvent {
     LinkUp { backend: String },
     LinkDown { backend: String, was_open: bool, cause: CloseCause },
     AcceptFailed { error: String },
+    #[cfg(feature = "sctp")]
+    NoSctp { error: String },
     NotProxied { via: SocketAddr, why: &'static str },
     TlsFailed { peer: String, side: &'static str, why: crate::tls::Failure },
 }
@@ -181,6 +183,8 @@ impl Shared {
             NodeEvent::NotProxied { via, why } => {
                 (Level::Warn, "proxy_header_refused", format!("{via}: {why}"))
             }
+            #[cfg(feature = "sctp")]
+            NodeEvent::NoSctp { error } => (Level::Warn, "sctp_missing", error),
             NodeEvent::AcceptFailed { error } => (Level::Warn, "accept_failed", error),
         };
         self.events.emit(Event::engine(level, &self.name, name, detail));

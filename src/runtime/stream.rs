@@ -223,8 +223,9 @@ impl Connection {
         self.queue.borrow().len() + usize::from(self.stream.has_unsent())
     }
 
-    /// Writes what the kernel takes now.
-    pub(crate) fn write(&self) -> Progress {
+    /// Writes what the kernel takes now. `cut` says how long the first message is; it is asked where
+    /// each write must be one message.
+    pub(crate) fn write(&self, cut: fn(&[u8]) -> usize) -> Progress {
         self.dirty.set(false);
         if self.has_left() {
             return Progress { written: 0, queued: 0 };
@@ -232,7 +233,11 @@ impl Connection {
         let mut queue = self.queue.borrow_mut();
         let mut total = 0;
         while queue.len() > 0 {
-            match self.stream.try_write(&queue.bytes[queue.written..]) {
+            let mut bytes = &queue.bytes[queue.written..];
+            if self.transport == Transport::Sctp {
+                bytes = &bytes[..cut(bytes)];
+            }
+            match self.stream.try_write(bytes) {
                 Ok(0) => break,
                 Ok(count) => {
                     queue.written += count;

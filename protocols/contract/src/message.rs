@@ -22,6 +22,8 @@ pub enum Transport {
     Wss,
     /// A stream over a unix socket.
     Unix,
+    /// A stream over SCTP, one message of the protocol in each of its own.
+    Sctp,
 }
 
 impl Transport {
@@ -41,6 +43,7 @@ impl Transport {
             Self::Ws => "ws",
             Self::Wss => "wss",
             Self::Unix => "unix",
+            Self::Sctp => "sctp",
         }
     }
 }

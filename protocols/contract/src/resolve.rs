@@ -125,6 +125,7 @@ mod tests {
             Transport::Ws,
             Transport::Wss,
             Transport::Unix,
+            Transport::Sctp,
         ];
         for (index, transport) in all.iter().enumerate() {
             let set: Transports = all[..index].iter().copied().collect();

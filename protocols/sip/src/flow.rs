@@ -110,7 +110,8 @@ impl ClientFlow {
             Transport::Ws => b'w',
             Transport::Wss => b'x',
             Transport::Udp => b'u',
-            Transport::Tcp | Transport::Unix => b't',
+            // SIP over SCTP is not spoken.
+            Transport::Tcp | Transport::Unix | Transport::Sctp => b't',
         });
         match self.endpoint {
             Endpoint::Datagram { socket, remote } => {

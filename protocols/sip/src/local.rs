@@ -129,5 +129,6 @@ pub(crate) fn via_word(transport: Transport) -> &'static [u8] {
         Transport::Tls => b"TLS",
         Transport::Ws => b"WS",
         Transport::Wss => b"WSS",
+        Transport::Sctp => b"SCTP",
     }
 }

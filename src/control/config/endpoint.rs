@@ -6,13 +6,14 @@ use strowger_contract::Transport;
 
 use super::read::unknown;
 
-const SCHEMES: [(&str, Transport); 6] = [
+const SCHEMES: [(&str, Transport); 7] = [
     ("udp", Transport::Udp),
     ("tcp", Transport::Tcp),
     ("tls", Transport::Tls),
     ("ws", Transport::Ws),
     ("wss", Transport::Wss),
     ("unix", Transport::Unix),
+    ("sctp", Transport::Sctp),
 ];
 
 /// Reads one, or says what is wrong and what was expected.
@@ -25,6 +26,10 @@ pub fn endpoint(text: &str) -> Result<(Transport, SocketAddr), String> {
     };
     if *transport == Transport::Unix {
         return Ok((Transport::Unix, strowger_contract::unix::name(rest)?));
+    }
+    if *transport == Transport::Sctp && !cfg!(feature = "sctp") {
+        let message = "this program was built without SCTP: `cargo build --features sctp` has it";
+        return Err(message.to_owned());
     }
     let address: SocketAddr = rest.parse().map_err(|_| no_address(rest))?;
     if address.port() == 0 {

@@ -26,7 +26,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "type": "object", "additionalProperties": false, "required": ["id", "address"],
         "properties": {
             "id": { "type": "string" },
-            "address": { "type": "string", "pattern": "^(udp|tcp|tls|unix)://" },
+            "address": { "type": "string", "pattern": "^(udp|tcp|tls|unix|sctp)://" },
             "weight": number(0, 65_535), "priority": number(0, 65_535), "capacity": number(1, 100_000_000),
             "origin_host": { "type": "string" }, "generation": number(0, u64::from(u32::MAX)),
             "state": { "enum": ["ready", "starting", "canary", "suspended", "draining"] }

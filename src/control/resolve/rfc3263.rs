@@ -239,7 +239,7 @@ fn service_name(host: &Name, transport: Transport) -> Option<Name> {
         Transport::Udp => "_sip._udp",
         Transport::Tcp => "_sip._tcp",
         Transport::Tls => "_sips._tcp",
-        Transport::Ws | Transport::Wss | Transport::Unix => return None,
+        Transport::Ws | Transport::Wss | Transport::Unix | Transport::Sctp => return None,
     };
     let mut name = Name::from_ascii(prefix).ok()?.append_domain(host).ok()?;
     name.set_fqdn(true);
@@ -252,7 +252,7 @@ fn default_port(transport: Transport) -> u16 {
         Transport::Tls => 5061,
         Transport::Ws => 80,
         Transport::Wss => 443,
-        Transport::Udp | Transport::Tcp | Transport::Unix => 5060,
+        Transport::Udp | Transport::Tcp | Transport::Unix | Transport::Sctp => 5060,
     }
 }
 

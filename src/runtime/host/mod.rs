@@ -19,7 +19,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::{
-    CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Intake, LookupId, Note,
+    CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Framer, Framing, Intake, LookupId, Note,
     Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
 };
 use tokio::sync::Notify;
@@ -273,7 +273,7 @@ impl<P: Protocol> Host<P> {
     }
 
     fn write_in(&self, state: &mut State<P>, connection: &Rc<Connection>) {
-        let progress = connection.write();
+        let progress = connection.write(first_message::<P>);
         if progress.written > 0 {
             state.metrics.sent(0, progress.written as u64);
         }
@@ -576,6 +576,14 @@ impl<P: Protocol> Host<P> {
         for connection in state.links.connections() {
             connection.close(Closing::Flushed, cause);
         }
+    }
+}
+
+/// How long the first message is of what waits to be written.
+fn first_message<P: Protocol>(bytes: &[u8]) -> usize {
+    match P::Framer::default().frame(bytes) {
+        Ok(Framing::Message(length)) => length.get().min(bytes.len()),
+        _ => bytes.len(),
     }
 }
 

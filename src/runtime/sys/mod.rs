@@ -5,10 +5,14 @@ mod handover;
 mod icmp;
 mod memory;
 mod mmsg;
+#[cfg(feature = "sctp")]
+mod sctp;
 mod watched;
 
 pub(crate) use handover::{default_signals, place_for_exec};
 pub(crate) use icmp::{SendError, keep_errors, next_error};
 pub(crate) use memory::return_memory;
 pub(crate) use mmsg::{RecvBatch, SendBatch};
+#[cfg(feature = "sctp")]
+pub(crate) use sctp::set_up as set_up_sctp;
 pub(crate) use watched::{watched, watched_epoll};

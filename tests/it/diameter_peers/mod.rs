@@ -7,6 +7,7 @@ mod freediameter;
 mod mediation;
 mod secure;
 mod several;
+mod states;
 mod stacks;
 mod tap;
 mod trace;

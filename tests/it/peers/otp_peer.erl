@@ -1,6 +1,6 @@
 %% A Diameter client and server on Erlang/OTP's own stack, with the base accounting application.
 -module(otp_peer).
--export([server/1, server/2, server/3, client/2, client/4, client/5]).
+-export([server/1, server/2, server/3, leaving/3, client/2, client/4, client/5]).
 -export([peer_up/3, peer_down/3, pick_peer/4, prepare_request/3, prepare_retransmit/3,
          handle_answer/4, handle_error/4, handle_request/3]).
 
@@ -20,6 +20,22 @@ server(Port, Host, Options) ->
     ok = diameter:start_service(srv, service(Host)),
     {ok, _} = diameter:add_transport(srv, {listen, [{transport_module, diameter_tcp},
         {transport_config, [{reuseaddr, true}, {ip, {127,0,0,1}}, {port, Port} | Options]}]}),
+    receive stop -> ok end.
+
+%% A server that leaves soon after somebody has come, with this cause, and is there again at once.
+leaving(Port, Host, Cause) ->
+    {ok, _} = application:ensure_all_started(ssl),
+    ok = diameter:start(),
+    ok = diameter:start_service(srv, service(Host)),
+    true = diameter:subscribe(srv),
+    Listen = {listen, [{transport_module, diameter_tcp},
+        {disconnect_cb, fun(_, _, _) -> {dpr, [{cause, Cause}]} end},
+        {transport_config, [{reuseaddr, true}, {ip, {127,0,0,1}}, {port, Port}]}]},
+    {ok, Ref} = diameter:add_transport(srv, Listen),
+    receive {diameter_event, srv, Info} when element(1, Info) == up -> ok end,
+    timer:sleep(500),
+    ok = diameter:remove_transport(srv, Ref),
+    {ok, _} = diameter:add_transport(srv, Listen),
     receive stop -> ok end.
 
 client(Port, Count) -> client(Port, Count, "client.example.net", 1).

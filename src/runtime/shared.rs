@@ -42,16 +42,40 @@ pub(crate) struct Shared {
 /// What happens in the runtime itself.
 #[derive(Clone, Debug)]
 pub(crate) enum NodeEvent {
-    Framing { remote: SocketAddr, detail: String },
-    EnginePanicked { worker: WorkerId },
-    EngineSpins { worker: WorkerId },
-    LinkUp { backend: String },
-    LinkDown { backend: String, was_open: bool, cause: CloseCause },
-    AcceptFailed { error: String },
+    Framing {
+        remote: SocketAddr,
+        detail: String,
+    },
+    EnginePanicked {
+        worker: WorkerId,
+    },
+    EngineSpins {
+        worker: WorkerId,
+    },
+    LinkUp {
+        backend: String,
+    },
+    LinkDown {
+        backend: String,
+        was_open: bool,
+        cause: CloseCause,
+    },
+    AcceptFailed {
+        error: String,
+    },
     #[cfg(feature = "sctp")]
-    NoSctp { error: String },
-    NotProxied { via: SocketAddr, why: &'static str },
-    TlsFailed { peer: String, side: &'static str, why: crate::tls::Failure },
+    NoSctp {
+        error: String,
+    },
+    NotProxied {
+        via: SocketAddr,
+        why: &'static str,
+    },
+    TlsFailed {
+        peer: String,
+        side: &'static str,
+        why: crate::tls::Failure,
+    },
 }
 
 impl Shared {

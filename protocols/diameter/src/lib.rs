@@ -68,8 +68,7 @@ pub struct Diameter;
 
 impl Protocol for Diameter {
     const NAME: &'static str = "diameter";
-    const TRANSPORTS: &'static [Transport] = 
-        &[Transport::Tcp, Transport::Tls, Transport::Sctp];
+    const TRANSPORTS: &'static [Transport] = &[Transport::Tcp, Transport::Tls, Transport::Sctp];
     const LINKS: Links = Links::Single;
     /// The link's own watchdog is the health check.
     const PROBES: &'static [&'static str] = &[];

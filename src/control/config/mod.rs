@@ -25,6 +25,7 @@ mod dns;
 mod endpoint;
 mod explain;
 mod exports;
+mod intake;
 mod listeners;
 mod node;
 mod permissions;

@@ -19,8 +19,8 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use strowger_contract::{
-    CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Framer, Framing, Intake, LookupId, Note,
-    Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
+    CloseCause, Closing, Context, Endpoint, Engine, FlowId, FrameError, Framer, Framing, Intake,
+    LookupId, Note, Opened, Outbox, PeerChange, Protocol, Transport, WorkerId,
 };
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;

@@ -7,8 +7,8 @@ mod freediameter;
 mod mediation;
 mod secure;
 mod several;
-mod states;
 mod stacks;
+mod states;
 mod tap;
 mod trace;
 

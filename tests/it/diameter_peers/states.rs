@@ -42,9 +42,7 @@ fn who_was_given_up_answers_three_watchdogs_first() {
     let edge = Edge::start(&config(port, &[("a", tap.port)], ", watchdog: 500ms"));
     until_up(&edge, &["a"]);
     erlang.signal("STOP");
-    edge.until("it to be suspected", |edge| {
-        edge.instance("servers", "a")["health"] == "link_down"
-    });
+    edge.until("it to be suspected", |edge| edge.instance("servers", "a")["health"] == "link_down");
     edge.until("it to be given up", |_| tap.by_connection(true).len() > 1);
     erlang.signal("CONT");
     until_up(&edge, &["a"]);
@@ -58,7 +56,8 @@ fn who_was_given_up_answers_three_watchdogs_first() {
     let first = forth[used].iter().position(|one| !relayed(&[one.clone()]).is_empty());
     let asked = forth[used][..first.expect("a request")].iter();
     let asked = asked.filter(|one| header(one).command == DWR && header(one).is_request()).count();
-    let told = back[used].iter().filter(|one| header(one).command == DWR && !header(one).is_request());
+    let told =
+        back[used].iter().filter(|one| header(one).command == DWR && !header(one).is_request());
     assert!(asked >= 3 && told.count() >= 3, "{asked} watchdogs");
     one_answer_each(&front);
     dissects(&tap.forth());
@@ -169,9 +168,9 @@ fn late_first_answers_are_dropped() {
         good(peer, header, message)
     };
     let (a, b) = (Peer::start(one, "a.example.net", late), Peer::start(two, "b.example.net", good));
+    let yaml = diameter_agent::config(port, &[("a", one), ("b", two)], ", stalled: 300ms", "");
     let yaml =
-        diameter_agent::config(port, &[("a", one), ("b", two)], ", stalled: 300ms", "");
-    let yaml = yaml.replace("watchdog: 500ms", "watchdog: 30s").replace("deadline: 5s", "deadline: 30s");
+        yaml.replace("watchdog: 500ms", "watchdog: 30s").replace("deadline: 5s", "deadline: 30s");
     let edge = Edge::start(&yaml);
     up(&edge, &["a", "b"]);
     let mut asks = client(port, CLIENT);
@@ -214,8 +213,10 @@ fn a_hung_server_holds_nobody_else_up() {
     const HUNG: u32 = 500;
     let _alone = alone();
     let (port, one, two) = (free_port(), free_port(), free_port());
-    let _servers =
-        [Peer::start(one, "a.example.net", |_, _, _| None), Peer::start(two, "b.example.net", good)];
+    let _servers = [
+        Peer::start(one, "a.example.net", |_, _, _| None),
+        Peer::start(two, "b.example.net", good),
+    ];
     let options = format!(", peer_pending: {HUNG}, answer_timeout: 120s");
     let yaml = diameter_agent::config(port, &[("a", one), ("b", two)], &options, "")
         .replace("watchdog: 500ms", "watchdog: 60s")
@@ -239,12 +240,15 @@ fn a_hung_server_holds_nobody_else_up() {
                 ccr(&format!("c;{number}"), 1, "third.example.net", Some("a.example.net"), number)
             })
             .collect();
-        let busy = exchange(&mut more, &requests).values().filter(|one| result(one) == 3_004).count();
+        let busy =
+            exchange(&mut more, &requests).values().filter(|one| result(one) == 3_004).count();
         counter.store(busy as u32, Ordering::Relaxed);
     });
     let beside = latencies(&mut asks, 200_000);
     flood.join().expect("it ends");
-    println!("others' requests, median and p99: {without:?} alone, {beside:?} beside a hung server");
+    println!(
+        "others' requests, median and p99: {without:?} alone, {beside:?} beside a hung server"
+    );
     assert_eq!(edge.instance("pcrf", "a")["in_flight"], HUNG, "they still wait");
     let busy = refused.load(Ordering::Relaxed);
     println!("{busy} of 5000 more for the hung server were refused at once");

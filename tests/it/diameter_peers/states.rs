@@ -53,7 +53,7 @@ fn who_was_given_up_answers_three_watchdogs_first() {
     let (forth, back) = (tap.by_connection(true), tap.by_connection(false));
     let used = forth.iter().position(|one| !relayed(one).is_empty()).expect("a used connection");
     assert!(used > 0, "the first one is the one that was given up");
-    let first = forth[used].iter().position(|one| !relayed(&[one.clone()]).is_empty());
+    let first = forth[used].iter().position(|one| !relayed(std::slice::from_ref(one)).is_empty());
     let asked = forth[used][..first.expect("a request")].iter();
     let asked = asked.filter(|one| header(one).command == DWR && header(one).is_request()).count();
     let told =

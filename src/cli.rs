@@ -1,23 +1,36 @@
 //! What the command line does besides running an edge: it talks to the admin API and prints.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::control::config::ConfigError;
+use crate::control::reach::{Stream, Target, Trust};
 
 /// Which edge to talk to.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Admin {
-    /// The edge's admin address.
-    #[arg(long, default_value = "127.0.0.1:9080", env = "STROWGER_ADMIN", value_name = "ADDRESS")]
-    pub admin: SocketAddr,
+    /// The edge's admin address: HOST:PORT, or https://HOST:PORT.
+    #[arg(long, default_value = "127.0.0.1:9080", env = "STROWGER_ADMIN", value_name = "ADDRESS", value_parser = Target::of_command_line)]
+    pub admin: Target,
     /// A file with the admin token.
     #[arg(long, env = "STROWGER_TOKEN_FILE", value_name = "FILE")]
-    pub token_file: Option<std::path::PathBuf>,
+    pub token_file: Option<PathBuf>,
+    /// Over https: the authority that vouches for the edge (PEM).
+    #[arg(long, env = "STROWGER_TLS_CA", value_name = "FILE")]
+    pub tls_ca: Option<PathBuf>,
+    /// Over https: what the edge's certificate must name, if not HOST.
+    #[arg(long, env = "STROWGER_TLS_NAME", value_name = "NAME")]
+    pub tls_name: Option<String>,
+    /// Over https: our own certificate (PEM), for an edge that asks for one.
+    #[arg(long, env = "STROWGER_TLS_CERTIFICATE", value_name = "FILE")]
+    pub tls_certificate: Option<PathBuf>,
+    /// Its key (PEM).
+    #[arg(long, env = "STROWGER_TLS_KEY", value_name = "FILE")]
+    pub tls_key: Option<PathBuf>,
     /// How to print.
     #[arg(short, long, default_value = "table", value_name = "FORMAT")]
     pub output: Output,
@@ -167,7 +180,7 @@ pub struct TraceOptions {
     pub duration: Duration,
     /// Write a pcap there at the end.
     #[arg(short, long, value_name = "FILE")]
-    pub write: Option<std::path::PathBuf>,
+    pub write: Option<PathBuf>,
 }
 
 /// Traces: prints each message as it comes, and writes a pcap at the end.
@@ -253,11 +266,16 @@ fn call(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Result
 /// The same, for answers that are no JSON.
 fn fetch(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Result<Vec<u8>> {
     const TIMEOUT: Duration = Duration::from_secs(10);
-    let whom = format!("the edge at {}", admin.admin);
-    let mut stream = TcpStream::connect_timeout(&admin.admin, TIMEOUT).with_context(|| {
+    let whom = format!("the edge at {}", admin.admin.authority);
+    let trust = Trust {
+        ca: admin.tls_ca.as_deref(),
+        name: admin.tls_name.as_deref(),
+        certificate: admin.tls_certificate.as_deref(),
+        key: admin.tls_key.as_deref(),
+    };
+    let mut stream = Stream::connect(&admin.admin, &trust, TIMEOUT).with_context(|| {
         format!("{whom} does not answer (is it running? --admin names another)")
     })?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
     let body = body.map(Value::to_string).unwrap_or_default();
     let token = match &admin.token_file {
         Some(file) => {
@@ -270,7 +288,7 @@ fn fetch(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Resul
     write!(
         stream,
         "{method} {path} HTTP/1.1\r\nHost: {}\r\n{token}Connection: close\r\nContent-Length: {}\r\n\r\n{body}",
-        admin.admin,
+        admin.admin.authority,
         body.len()
     )?;
     let (head, body) = read_answer(&mut stream, &whom)?;
@@ -289,11 +307,24 @@ fn fetch(admin: &Admin, method: &str, path: &str, body: Option<&Value>) -> Resul
 /// `whom` broke off, or sent something else.
 pub(crate) fn read_answer(stream: &mut impl Read, whom: &str) -> Result<(String, Vec<u8>)> {
     let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).with_context(|| format!("{whom} broke off"))?;
+    let read = stream.read_to_end(&mut answer);
+    // Without TLS's own farewell the end may have been cut off: then the length must be right.
+    let cut = read.as_ref().is_err_and(|it| it.kind() == std::io::ErrorKind::UnexpectedEof);
+    if !cut || answer.is_empty() {
+        read.with_context(|| format!("{whom} broke off"))?;
+    }
     let head = memchr::memmem::find(&answer, b"\r\n\r\n");
     let head = head.with_context(|| format!("{whom} does not speak HTTP"))?;
     let body = answer.split_off(head + 4);
-    Ok((String::from_utf8_lossy(&answer).into_owned(), body))
+    let head = String::from_utf8_lossy(&answer).into_owned();
+    let length = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
+    });
+    if cut && length != Some(body.len()) {
+        bail!("{whom} broke off in its answer");
+    }
+    Ok((head, body))
 }
 
 fn text(value: &Value) -> String {

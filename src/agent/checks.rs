@@ -85,11 +85,11 @@ async fn one(check: &Check, subject: &Subject, nonce: u64) -> Result<(), String>
         }
     } else if let Some(http) = &check.http {
         let (_, address, _) = subject.at(&http.port)?;
-        let target = Target { authority: address.to_string() };
+        let target = Target { authority: address.to_string(), tls: false };
         let path = &http.path;
         let question =
             Ask { method: "GET", path, token: None, generation: None, body: String::new() };
-        let (status, _) = ask(&target, &question, check.timeout.0).await?;
+        let (status, _) = ask(&target, None, &question, check.timeout.0).await?;
         if (200..300).contains(&status) { Ok(()) } else { Err(format!("answered {status}")) }
     } else if let Some(port) = &check.sip_options {
         let (transport, address, _) = subject.at(port)?;

@@ -21,7 +21,7 @@ use super::http::Target;
 use super::keeper::{Process, Running};
 use super::launch::{self, Places, private_folder};
 use super::limits::{Cgroups, Limits};
-use super::manifest::{Port, PortTransport};
+use super::manifest::{Check, Port, PortTransport};
 use super::ports::{Ports, QUARANTINE_MS};
 use super::supervisor::{Action, CheckKind, Event, Machine, Millis, Phase};
 use super::{keeper, limits, placement, registration, release, store, watcher};
@@ -127,7 +127,8 @@ pub(crate) struct Agent {
     pub(super) told: api::Told,
     edges: Edges,
     inputs: mpsc::Sender<Input>,
-    checks: HashMap<(String, u64, CheckKind), JoinHandle<()>>,
+    /// What is looked at, how, and by whom.
+    checks: HashMap<(String, u64, CheckKind), (Check, JoinHandle<()>)>,
     sockets: HashMap<(String, String), OwnedFd>,
     saved: Vec<u8>,
     /// Nobody else has the folder.
@@ -514,8 +515,9 @@ impl Agent {
             apps.values().any(|it| it.name != app && it.instances.contains_key(id))
         };
         let apps = &self.apps;
-        self.checks.retain(|key, task| {
-            let keep = wanted.contains_key(key) || (!of_app(&key.0) && others(&key.0, apps));
+        self.checks.retain(|key, (known, task)| {
+            // A check that a manifest changed begins anew.
+            let keep = wanted.get(key) == Some(known) || (!of_app(&key.0) && others(&key.0, apps));
             if !keep {
                 task.abort();
             }
@@ -528,6 +530,7 @@ impl Agent {
             let Some(subject) = self.subject(app, &key.0) else { continue };
             let (inputs, app) = (self.inputs.clone(), app.to_owned());
             let (id, generation, kind) = key.clone();
+            let known = check.clone();
             let task = tokio::spawn(async move {
                 let mut nonce = clock() ^ generation << 40;
                 loop {
@@ -546,7 +549,7 @@ impl Agent {
                     tokio::time::sleep(pause).await;
                 }
             });
-            self.checks.insert(key, task);
+            self.checks.insert(key, (known, task));
         }
     }
 

@@ -11,10 +11,12 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use super::http::{Ask, Target, ask};
+use super::http::{Ask, ask};
 use super::manifest::EdgeAddress;
 use super::supervisor::{Acked, View};
 use crate::control::registry::{BeatReply, LeaseState, Registration};
+use crate::routing::TlsClientSpec;
+use crate::tls::{Client, Store};
 
 /// How long an edge may take for an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(2);
@@ -25,6 +27,9 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_
 
 /// While sessions are waited out, the edge is asked so often.
 const DRAIN_EVERY: Duration = Duration::from_millis(300);
+
+/// How often files of certificates are looked at.
+const FILES_EVERY: Duration = Duration::from_secs(5);
 
 /// Reports that wait for the agent, at most.
 const REPORTS: usize = 1_024;
@@ -81,7 +86,18 @@ impl Edges {
         std::thread::Builder::new().name("edges".to_owned()).spawn(move || {
             runtime.block_on(async move {
                 let mut tasks: HashMap<Place, watch::Sender<Stand>> = HashMap::new();
-                while changes.changed().await.is_ok() {
+                let tls = Arc::new(Store::default());
+                let mut files = tokio::time::interval(FILES_EVERY);
+                loop {
+                    tokio::select! {
+                        changed = changes.changed() => if changed.is_err() {
+                            break;
+                        },
+                        _ = files.tick() => {
+                            look_at_files(&tls);
+                            continue;
+                        }
+                    }
                     let wanted = Arc::clone(&changes.borrow_and_update());
                     tasks.retain(|place, _| wanted.contains_key(place));
                     for (place, stand) in wanted.iter() {
@@ -99,6 +115,8 @@ impl Edges {
                             changes,
                             reports: reports.clone(),
                             clock,
+                            tls: Arc::clone(&tls),
+                            trusted: None,
                             told: None,
                             drained: None,
                             view: View::default(),
@@ -128,6 +146,9 @@ struct Task {
     changes: watch::Receiver<Stand>,
     reports: mpsc::Sender<Report>,
     clock: fn() -> u64,
+    tls: Arc<Store>,
+    /// What TLS rests on, as long as the edge's address stays.
+    trusted: Option<(Arc<TlsClientSpec>, Arc<Client>)>,
     /// What was last registered.
     told: Option<Registration>,
     /// The generation whose drain was ordered.
@@ -262,15 +283,31 @@ impl Task {
         }
     }
 
+    /// What TLS rests on: files that cannot be read yet are tried again with the next request.
+    fn trust(&mut self, spec: Option<TlsClientSpec>) -> Result<(), String> {
+        let Some(spec) = spec else {
+            self.trusted = None;
+            return Ok(());
+        };
+        if self.trusted.as_ref().is_none_or(|(known, _)| **known != spec) {
+            let spec = Arc::new(spec);
+            let client = self.tls.client(&spec)?;
+            self.trusted = Some((spec, client));
+        }
+        Ok(())
+    }
+
     async fn ask(
-        &self,
+        &mut self,
         stand: &Stand,
         method: &'static str,
         what: &str,
         generation: Option<u64>,
         body: Option<Value>,
     ) -> Result<(u16, bytes::Bytes), String> {
-        let target = Target::parse(&stand.edge.url)?;
+        let (target, spec) = stand.edge.reach()?;
+        self.trust(spec)?;
+        let tls = self.trusted.as_ref().map(|(spec, client)| (&**spec, &**client));
         let token = match &stand.edge.token_file {
             Some(file) => Some(
                 std::fs::read_to_string(file)
@@ -286,7 +323,17 @@ impl Task {
             generation,
             body: body.map(|body| body.to_string()).unwrap_or_default(),
         };
-        ask(&target, &question, ANSWER_TIME).await
+        ask(&target, tls, &question, ANSWER_TIME).await
+    }
+}
+
+/// Certificates that were replaced are used from the next request on.
+fn look_at_files(tls: &Store) {
+    for (files, outcome) in tls.refresh() {
+        match outcome {
+            Ok(()) => tracing::info!(files, "certificates_reloaded"),
+            Err(error) => tracing::warn!(files, error, "certificates_not_reloaded"),
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! A small HTTP client: one request, one answer, with a limit in time and size.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,41 +7,15 @@ use http_body_util::{BodyExt, Full, Limited};
 use hyper::Request;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+pub(crate) use crate::control::reach::Target;
+use crate::control::reach::server_name;
+use crate::routing::TlsClientSpec;
+use crate::tls::Client;
 
 /// An answer's size, at most.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
-
-/// Where an edge's admin API is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Target {
-    /// `127.0.0.1:9080`.
-    pub(crate) authority: String,
-}
-
-impl Target {
-    /// Reads `http://host:port`.
-    ///
-    /// # Errors
-    /// What was expected.
-    pub(crate) fn parse(url: &str) -> Result<Self, String> {
-        let wrong = || format!("`{url}` is no edge; write http://127.0.0.1:9080");
-        if url.starts_with("https://") {
-            return Err("https:// is not supported in this version; the API off loopback wants a token, and a tunnel for secrecy".to_owned());
-        }
-        let rest = url.strip_prefix("http://").ok_or_else(wrong)?.trim_end_matches('/');
-        let (host, port) = rest.rsplit_once(':').ok_or_else(wrong)?;
-        let good =
-            !host.is_empty() && !rest.contains('/') && port.parse::<u16>().is_ok_and(|it| it > 0);
-        if good { Ok(Self { authority: rest.to_owned() }) } else { Err(wrong()) }
-    }
-
-    /// Whether the edge is on this host, by its address.
-    pub(crate) fn is_local(&self) -> bool {
-        let host = self.authority.rsplit_once(':').map_or("", |(host, _)| host);
-        host == "localhost"
-            || self.authority.parse::<SocketAddr>().is_ok_and(|it| it.ip().is_loopback())
-    }
-}
 
 /// A request of an API.
 #[derive(Clone, Debug)]
@@ -55,17 +28,24 @@ pub(crate) struct Ask<'a> {
     pub(crate) body: String,
 }
 
-/// Asks; the status and the body.
+/// Asks; the status and the body. `tls`: whom to believe and who we are.
 ///
 /// # Errors
-/// Nobody answers, or not in time, or not HTTP.
+/// Nobody answers, or not in time, or not HTTP, or it is not who it must be.
 pub(crate) async fn ask(
     target: &Target,
+    tls: Option<(&TlsClientSpec, &Client)>,
     ask: &Ask<'_>,
     limit: Duration,
 ) -> Result<(u16, Bytes), String> {
     let all = async {
         let stream = TcpStream::connect(&*target.authority).await.map_err(|it| it.to_string())?;
+        let Some((spec, client)) = tls else {
+            return exchange(TokioIo::new(stream), &target.authority, ask).await;
+        };
+        let connector = TlsConnector::from(client.config());
+        let stream = connector.connect(server_name(spec)?, stream).await;
+        let stream = stream.map_err(|error| format!("TLS: {error}"))?;
         exchange(TokioIo::new(stream), &target.authority, ask).await
     };
     tokio::time::timeout(limit, all).await.unwrap_or_else(|_| Err("no answer in time".to_owned()))

@@ -8,7 +8,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use strowger_contract::duration::Span;
 
+use crate::control::reach::{Target, Trust};
 use crate::control::registry::{LEASE_MAX_MS, LEASE_MIN_MS};
+use crate::routing::TlsClientSpec;
 
 /// Instances of an application on one host, at most.
 pub(crate) const INSTANCES_MAX: u32 = 256;
@@ -34,11 +36,42 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EdgeAddress {
-    /// `http://127.0.0.1:9080`.
+    /// `http://127.0.0.1:9080`, or `https://edge-1.example.net:9443`.
     pub url: String,
     /// A file with the API's token; read anew for each request, so that it may be rotated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
+    /// Over https: the authority that vouches for the edge (PEM). Certificates and keys are read anew
+    /// when they change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca: Option<PathBuf>,
+    /// Over https: what the edge's certificate must name, if not the URL's host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Over https: our own certificate's chain (PEM), for edges that ask for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<PathBuf>,
+    /// Its key (PEM).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<PathBuf>,
+}
+
+impl EdgeAddress {
+    /// Where it is, and what TLS to it rests on.
+    ///
+    /// # Errors
+    /// What is wrong with the URL, or missing.
+    pub(crate) fn reach(&self) -> Result<(Target, Option<TlsClientSpec>), String> {
+        let target = Target::parse(&self.url)?;
+        let trust = Trust {
+            ca: self.ca.as_deref(),
+            name: self.name.as_deref(),
+            certificate: self.certificate.as_deref(),
+            key: self.key.as_deref(),
+        };
+        let spec = trust.of(&target)?;
+        Ok((target, spec))
+    }
 }
 
 /// A backing service, attached by name (twelve factors, IV). Each field becomes

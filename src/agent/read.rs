@@ -107,7 +107,8 @@ fn entries(
 fn absolute(manifest: &mut Manifest, folder: &Path) {
     let fix = |path: &mut PathBuf| *path = folder.join(&*path);
     for edge in &mut manifest.edges {
-        edge.token_file.iter_mut().for_each(fix);
+        let EdgeAddress { url: _, token_file, ca, name: _, certificate, key } = edge;
+        [token_file, ca, certificate, key].into_iter().flatten().for_each(fix);
     }
     for service in manifest.services.values_mut() {
         service.files.values_mut().for_each(fix);

@@ -10,7 +10,7 @@ use crate::control::config::unknown_word;
 /// Checks a manifest; what is wrong is noted by its path.
 pub(super) fn check(manifest: &Manifest, errors: &mut Vec<OptionsError>) {
     for (index, edge) in manifest.edges.iter().enumerate() {
-        if let Err(message) = super::http::Target::parse(&edge.url) {
+        if let Err(message) = edge.reach() {
             wrong(errors, format!("edges[{index}]"), message);
         }
     }

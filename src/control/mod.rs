@@ -6,6 +6,7 @@ pub mod config;
 pub mod pressure;
 pub mod probes;
 pub mod providers;
+pub mod reach;
 pub mod registry;
 pub mod resolve;
 pub mod service;

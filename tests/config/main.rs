@@ -4,6 +4,7 @@
 //! to each. After a wanted change: `INSTA_UPDATE=always cargo test --test config`.
 
 mod bad;
+mod manifest;
 mod schema;
 
 use std::path::{Path, PathBuf};

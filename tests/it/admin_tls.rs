@@ -11,7 +11,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use tempfile::TempDir;
 
-use crate::harness::{Process, free_port};
+use crate::agent_support::Agent;
+use crate::harness::{Process, free_port, free_range};
 
 type Tls = StreamOwned<ClientConnection, TcpStream>;
 
@@ -174,4 +175,81 @@ fn mutual_tls_keeps_out_who_has_no_certificate() {
     let mut answer = Vec::new();
     let failed = stream.write_all(request).is_err() || stream.read_to_end(&mut answer).is_err();
     assert!(failed && answer.is_empty(), "{answer:?}");
+}
+
+/// `strowger …` at an edge over TLS: its code, what it prints, what it complains of.
+fn command(folder: &Path, admin: SocketAddr, more: &[&str]) -> (bool, String, String) {
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_strowger"));
+    command.args(more).args(["--admin", &format!("https://{admin}")]);
+    let output = command.current_dir(folder).output().expect("the program starts");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.success(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Commands over TLS: with a certificate, with a token, without either, with the wrong authority.
+#[test]
+fn commands_speak_tls() {
+    const TRUST: [&str; 4] = ["--tls-ca", "ca.pem", "--tls-name", "edge.example.net"];
+    let folder = TempDir::new().expect("a folder");
+    let (_edge, admin) = start(&folder, "optional");
+    std::fs::write(folder.path().join("token"), "0123456789abcdef\n").expect("written");
+    let run = |more: &[&str]| command(folder.path(), admin, &[&["sessions"], more].concat());
+    let as_h1 = ["--tls-certificate", "agent-h1.pem", "--tls-key", "agent-h1.key"];
+    let (good, out, err) = run(&[&TRUST[..], &as_h1[..]].concat());
+    assert!(good && out.contains("pool"), "{out}{err}");
+    let (good, out, err) = run(&[&TRUST[..], &["--token-file", "token"]].concat());
+    assert!(good, "{out}{err}");
+    let (good, _, err) = run(&TRUST);
+    assert!(!good && err.contains("401"), "{err}");
+    // The certificate names another than the address.
+    let (good, _, err) = run(&TRUST[..2]);
+    assert!(!good && err.contains("certificate"), "{err}");
+    let other = TempDir::new().expect("a folder");
+    certificates(other.path());
+    let wrong = other.path().join("ca.pem").display().to_string();
+    let (good, _, err) = run(&["--tls-ca", &wrong, "--tls-name", "edge.example.net"]);
+    assert!(!good && err.contains("certificate"), "{err}");
+    let (good, _, err) = run(&[]);
+    assert!(!good && err.contains("(ca)"), "{err}");
+}
+
+/// An agent registers over mutual TLS; with certificates of an authority that the edge does not know it
+/// does not, and says why, until they are replaced under it.
+#[test]
+fn an_agent_registers_over_mutual_tls_and_takes_new_certificates() {
+    let folder = TempDir::new().expect("a folder");
+    let (_edge, admin) = start(&folder, "required");
+    let own = TempDir::new().expect("a folder");
+    certificates(own.path());
+    let take = |file: &str| {
+        std::fs::copy(folder.path().join(file), own.path().join(file)).expect("copied");
+    };
+    take("ca.pem");
+    let agent = Agent::start(&["--ports", &free_range(20)]);
+    let path = |file: &str| own.path().join(file).display().to_string();
+    agent.apply(&format!(
+        "version: 1
+edges:
+  - {{ url: \"https://{admin}\", name: edge.example.net, ca: {}, certificate: {}, key: {} }}
+apps:
+  app:
+    exec: [sleep, \"1000\"]
+    ports: {{ sip: {{ protocol: sip, transport: udp }} }}
+    register: {{ ims: {{ lease: 6s }} }}
+",
+        path("ca.pem"),
+        path("agent-h1.pem"),
+        path("agent-h1.key")
+    ));
+    let error = |agent: &Agent| agent.instance("app-0")["edges"][0]["error"].clone();
+    agent.until("a refusal", |agent| error(agent).is_string());
+    assert_ne!(agent.instance("app-0")["edges"][0]["acked"], "state(ready)");
+    take("agent-h1.pem");
+    take("agent-h1.key");
+    agent.until("the registration", |agent| {
+        agent.instance("app-0")["edges"][0]["acked"] == "state(ready)" && error(agent).is_null()
+    });
+    let mut stream = dial(folder.path(), admin, Some("agent-h1")).expect("it is accepted");
+    let (code, pools) = ask(&mut stream, "GET", "/api/v1/pools/ims", "", "");
+    assert!(code == 200 && pools.contains("\"app-0\""), "{pools}");
 }

@@ -8,6 +8,38 @@ use std::time::Duration;
 use crate::agent_support::{Agent, edge, state_at};
 use crate::harness::{Edge, Process, alone, free_port, free_range, has};
 
+/// Whether the runs are as long as the project promises: `STROWGER_FULL=1 cargo test --test it
+/// agent_sessions`. Else calls are shorter, and losses as long as two leases.
+fn full() -> bool {
+    std::env::var_os("STROWGER_FULL").is_some()
+}
+
+/// How long an edge, or the agent, is away.
+fn away() -> Duration {
+    Duration::from_secs(if full() { 120 } else { 8 })
+}
+
+/// An edge and an agent that has `count` ready instances of a manifest; the edge's SIP port.
+fn deployed(count: u32, more: &str) -> (Edge, Agent, String, u16) {
+    let sip = free_port();
+    let edge = Edge::start(&edge(sip, free_port(), free_port()));
+    let agent = Agent::start(&["--ports", &ports()]);
+    let manifest = ims(&[&edge], count, more);
+    agent.apply(&manifest);
+    for index in 0..count {
+        let id = format!("ims-{index}");
+        edge.until(&id, |edge| state_at(edge, "ims", &id) == "ready");
+    }
+    (edge, agent, manifest, sip)
+}
+
+/// Waits until instances hold so many calls.
+fn until_sessions(agent: &Agent, count: u64) {
+    agent.until("live calls", |agent| {
+        agent.instances("ims").iter().filter_map(|it| it["sessions"].as_u64()).sum::<u64>() >= count
+    });
+}
+
 fn ports() -> String {
     free_range(100)
 }
@@ -72,7 +104,7 @@ fn calls(folder: &Path, sip: u16, count: u32, rate: u32, pause: &str) -> Calls {
 impl Calls {
     /// (successful, failed), once all are over.
     fn done(mut self) -> (u64, u64, String) {
-        let code = self.process.wait(Duration::from_secs(180));
+        let code = self.process.wait(Duration::from_secs(600));
         let log = String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned();
         let count = |line: &str| {
             let found = log.lines().rev().find(|text| text.trim_start().starts_with(line));
@@ -91,38 +123,27 @@ fn a_rolling_update_and_a_scale_in_break_no_call() {
         return;
     }
     let _alone = alone();
-    let sip = free_port();
-    let edge = Edge::start(&edge(sip, free_port(), free_port()));
-    let agent = Agent::start(&["--ports", &ports()]);
-    let manifest = ims(
-        &[&edge],
+    let (_edge, agent, manifest, sip) = deployed(
         3,
         "    env: { STALL: 0s, COLOUR: blue }\n    rollout: { min_healthy_time: 1s, gate: { min_samples: 1000000 } }\n",
     );
-    agent.apply(&manifest);
-    for id in ["ims-0", "ims-1", "ims-2"] {
-        edge.until(id, |edge| state_at(edge, "ims", id) == "ready");
-    }
     let old = agent.pids("ims");
-    let pause = "<pause distribution=\"uniform\" min=\"5000\" max=\"25000\"/>";
-    let live = calls(agent.folder.path(), sip, 300, 60, pause);
-    agent.until("live calls", |agent| {
-        agent.instances("ims").iter().filter_map(|it| it["sessions"].as_u64()).sum::<u64>() >= 150
-    });
+    let longest = if full() { 60_000 } else { 20_000 };
+    let pause = format!("<pause distribution=\"uniform\" min=\"5000\" max=\"{longest}\"/>");
+    let live = calls(agent.folder.path(), sip, 500, 80, &pause);
+    until_sessions(&agent, 250);
     let told = agent.apply(&manifest.replace("COLOUR: blue", "COLOUR: green"));
     assert!(told.contains("new-release"), "{told}");
     agent.until("the rollout", |agent| agent.app("ims")["rollout"].is_null());
     let (good, failed, log) = live.done();
-    assert_eq!((good, failed), (300, 0), "{log}\n{}", agent.log());
+    assert_eq!((good, failed), (500, 0), "{log}\n{}", agent.log());
     assert_eq!(agent.app("ims")["release"], 2);
     agent.until("the old ones to be gone", |agent| agent.instances("ims").len() == 3);
     assert!(agent.pids("ims").iter().all(|pid| !old.contains(pid)));
     assert!(agent.log().contains("no sessions are left"), "stopped by sessions, not by a deadline");
 
     let live = calls(agent.folder.path(), sip, 200, 60, "<pause milliseconds=\"8000\"/>");
-    agent.until("live calls", |agent| {
-        agent.instances("ims").iter().filter_map(|it| it["sessions"].as_u64()).sum::<u64>() >= 150
-    });
+    until_sessions(&agent, 190);
     agent.run(&["scale", "ims", "1"]);
     agent.until("two drains", |agent| {
         agent.instances("ims").iter().filter(|it| it["phase"] == "draining").count() == 2
@@ -140,15 +161,9 @@ fn a_canary_that_stalls_is_rolled_back_by_itself() {
         return;
     }
     let _alone = alone();
-    let sip = free_port();
-    let edge = Edge::start(&edge(sip, free_port(), free_port()));
-    let agent = Agent::start(&["--ports", &ports()]);
     let rollout = "    rollout: { strategy: canary, steps: [20, 50], min_healthy_time: 1s, hold: 60s, gate: { min_samples: 20, max_miss_percent: 20, max_vs_baseline: 0 } }\n";
-    let manifest = ims(&[&edge], 3, &format!("    env: {{ STALL: 0s }}\n{rollout}"));
-    agent.apply(&manifest);
-    for id in ["ims-0", "ims-1", "ims-2"] {
-        edge.until(id, |edge| state_at(edge, "ims", id) == "ready");
-    }
+    let (_edge, agent, manifest, sip) =
+        deployed(3, &format!("    env: {{ STALL: 0s }}\n{rollout}"));
     let live = calls(agent.folder.path(), sip, 1_500, 40, "<pause milliseconds=\"200\"/>");
     agent.apply(&manifest.replace("STALL: 0s", "STALL: 900ms"));
     agent.until("the rollback", |agent| agent.app("ims")["history"][0]["outcome"] == "rolled-back");
@@ -190,7 +205,10 @@ fn a_lost_edge_and_a_lost_agent_harm_no_call() {
         }
     }
     let pids = agent.pids("ims");
-    let live = calls(agent.folder.path(), sip, 600, 30, "<pause milliseconds=\"4000\"/>");
+    let seconds = u32::try_from(away().as_secs()).expect("small");
+    // Calls are made and live all the time.
+    let count = (2 * seconds + 6) * 25;
+    let live = calls(agent.folder.path(), sip, count, 25, "<pause milliseconds=\"4000\"/>");
     two.process.kill();
     agent.until("the loss to be seen", |agent| {
         agent.instance("ims-0")["edges"]
@@ -199,6 +217,7 @@ fn a_lost_edge_and_a_lost_agent_harm_no_call() {
             .flatten()
             .any(|it| !it["error"].is_null())
     });
+    std::thread::sleep(away());
     let mut command = Command::new(env!("CARGO_BIN_EXE_strowger"));
     command.args(["run", "--drain", "1s", "--config"]).arg(two.config_file());
     let log = two.folder.path().join("edge-2.log");
@@ -211,14 +230,14 @@ fn a_lost_edge_and_a_lost_agent_harm_no_call() {
         });
     }
     agent.process.kill();
-    std::thread::sleep(Duration::from_secs(8));
+    std::thread::sleep(away());
     for id in ["ims-0", "ims-1"] {
         assert_eq!(state_at(&one, "ims", id), "ready", "longer than a lease: {}", one.log());
     }
     agent.again();
     agent.until("the processes of before", |agent| agent.pids("ims") == pids);
     let (good, failed, log) = live.done();
-    assert_eq!((good, failed), (600, 0), "{log}\n{}", agent.log());
+    assert_eq!((good, failed), (count.into(), 0), "{log}\n{}", agent.log());
 }
 
 /// sipp's own UAS, which knows nothing of us, is deployed by a manifest alone.

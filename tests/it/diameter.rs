@@ -148,7 +148,7 @@ pub(crate) fn ccr(
 
 /// A server that notes what it gets, and may hold its answers back.
 #[derive(Clone, Default)]
-struct Server {
+pub(crate) struct Server {
     seen: Arc<Mutex<Vec<Vec<u8>>>>,
     mute: Arc<AtomicBool>,
     streams: Arc<Mutex<Vec<TcpStream>>>,
@@ -157,7 +157,7 @@ struct Server {
 }
 
 impl Server {
-    fn start(port: u16, host: &'static str) -> Self {
+    pub(crate) fn start(port: u16, host: &'static str) -> Self {
         let server = Self::default();
         let listener = TcpListener::bind(("127.0.0.1", port)).expect("a free port");
         let shared = server.clone();
@@ -220,14 +220,14 @@ impl Server {
         }
     }
 
-    fn kill(&self) {
+    pub(crate) fn kill(&self) {
         self.dead.store(true, Ordering::Relaxed);
         for stream in self.streams.lock().expect("not poisoned").drain(..) {
             let _gone = stream.shutdown(Shutdown::Both);
         }
     }
 
-    fn requests(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn requests(&self) -> Vec<Vec<u8>> {
         self.seen.lock().expect("not poisoned").clone()
     }
 }

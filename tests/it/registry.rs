@@ -134,6 +134,44 @@ fn a_lost_control_plane_a_reload_and_a_crash_forget_nobody() {
     assert_eq!(reply["epoch"], epoch, "it lost nothing");
 }
 
+/// A drain goes on over a crash of the edge: it does not end for want of sessions that the edge has not
+/// heard of again, but when it was to end.
+#[test]
+fn a_drain_ends_when_it_was_to_end_whatever_happens_between() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let state = folder.path().join("leases.json");
+    let yaml = config(free_port(), &format!("registry: {{ state_file: {} }}", state.display()));
+    let mut edge = Edge::start(&yaml);
+    // Nobody is there to be probed: only order and time count. `b` is not drained.
+    let register = |edge: &Edge, id: &str| {
+        let path = format!("/api/v1/pools/ims/instances/{id}");
+        let text = body(1, free_port()).replace("2000", "600000");
+        assert_eq!(call(edge, "PUT", &path, &text).0, 201);
+    };
+    register(&edge, "a");
+    register(&edge, "b");
+    edge.process.kill();
+    let text = std::fs::read_to_string(&state).expect("written");
+    let mut leases: Value = serde_json::from_str(&text).expect("JSON");
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("now");
+    let until = now.as_millis() as u64 + 12_000;
+    let of_a = leases["instances"].as_array_mut().expect("a list").iter_mut();
+    for lease in of_a.filter(|lease| lease[1] == "a") {
+        lease[2]["draining"] = true.into();
+        lease[2]["drain_until"] = until.into();
+    }
+    std::fs::write(&state, leases.to_string()).expect("written");
+    let edge = Edge::start(&yaml);
+    assert_eq!(edge.instance("ims", "a")["state"], "draining", "{}", edge.log());
+    edge.until("the deadline", |edge| {
+        let gone = ["gone", "down"].iter().any(|word| edge.instance("ims", "a")["state"] == *word);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("now");
+        assert!(!gone || now.as_millis() as u64 >= until, "not before its time");
+        gone || edge.log().contains("drain_ended")
+    });
+    assert_eq!(edge.instance("ims", "b")["state"], "ready");
+}
+
 /// YAML and leases make one pool; where both have an id or an address, YAML wins.
 #[test]
 fn yaml_and_leases_are_one_pool() {

@@ -131,11 +131,16 @@ impl Machine {
         let enough = row.1 >= if ok { check.rise } else { check.fall };
         match kind {
             CheckKind::Startup => {
+                // Whoever looks why it does not come up finds the reason in `status`.
+                instance.detail.clone_from(&detail);
                 if ok && enough && matches!(instance.phase, Phase::Starting { .. }) {
                     run(now, instance, app);
                 }
             }
             CheckKind::Ready => {
+                if !instance.ready {
+                    instance.detail.clone_from(&detail);
+                }
                 if enough && ok != instance.ready && matches!(instance.phase, Phase::Running { .. })
                 {
                     instance.ready = ok;

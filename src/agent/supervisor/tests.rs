@@ -42,7 +42,14 @@ fn release(number: u64, app: App) -> Release {
 }
 
 fn machine(app: App, seed: u64) -> Machine {
-    let edge = |url: &str| EdgeAddress { url: url.to_owned(), token_file: None };
+    let edge = |url: &str| EdgeAddress {
+        url: url.to_owned(),
+        token_file: None,
+        ca: None,
+        name: None,
+        certificate: None,
+        key: None,
+    };
     Machine {
         name: "ims".to_owned(),
         edges: vec![edge("http://e:1"), edge("http://e:2")],

@@ -359,7 +359,7 @@ async fn drain(
     let deadline = wanted.deadline_s.map(leases::deadline);
     match shared.backend.core().drain(Instant::now(), &pool, &id, deadline) {
         Ok(sessions) => {
-            shared.backend.registry().drain(&pool, &id, true);
+            shared.backend.registry().drain(&pool, &id, true, deadline);
             (StatusCode::ACCEPTED, Json(json!({ "sessions": sessions }))).into_response()
         }
         Err(_) => no_instance(&pool, &id),
@@ -369,7 +369,7 @@ async fn drain(
 async fn undrain(State(shared): App, Path((pool, id)): Path<(String, String)>) -> Response {
     match shared.backend.core().undrain(Instant::now(), &pool, &id) {
         Ok(()) => {
-            shared.backend.registry().drain(&pool, &id, false);
+            shared.backend.registry().drain(&pool, &id, false, None);
             Json(json!({})).into_response()
         }
         Err(_) => no_instance(&pool, &id),

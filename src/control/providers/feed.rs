@@ -1,12 +1,20 @@
 //! What a provider hears, brought into the registry.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use strowger_contract::Level;
 
 use super::message::{Action, Rejected};
 use crate::control::registry::{Registry, RegistryError};
 use crate::observe::{Event, Events, Metrics};
+
+/// Addresses whose last change is remembered, at most: as many as a pool may have leases, twice. When it
+/// is full all are forgotten, and a message that was overtaken may count once more.
+const CHANGES_MAX: usize = 40_000;
+
+/// When what was last said of an address was so: (pool, address) and nanoseconds of the source's clock.
+type Changes = HashMap<(String, String), i64>;
 
 /// The registry, as one provider has it.
 #[derive(Clone)]
@@ -15,6 +23,7 @@ pub struct Feed {
     registry: Arc<Registry>,
     metrics: Arc<Metrics>,
     events: Arc<Events>,
+    changes: Arc<Mutex<Changes>>,
 }
 
 impl Feed {
@@ -26,7 +35,7 @@ impl Feed {
         metrics: Arc<Metrics>,
         events: Arc<Events>,
     ) -> Self {
-        Self { source: source.to_owned(), registry, metrics, events }
+        Self { source: source.to_owned(), registry, metrics, events, changes: Arc::default() }
     }
 
     /// The registry.
@@ -48,6 +57,17 @@ impl Feed {
 
     /// Takes what was heard.
     pub fn take(&self, actions: Result<Vec<Action>, Rejected>) {
+        self.take_changed_at(0, actions);
+    }
+
+    /// The same, from a source that says when it was so; 0: it does not. What is older than what is
+    /// known of an address was overtaken on its way, and counts no more: neither does an instance come
+    /// back that has left, nor does one end who came after it.
+    pub fn take_changed_at(&self, changed: i64, actions: Result<Vec<Action>, Rejected>) {
+        let actions = actions.map(|mut actions| {
+            actions.retain(|action| self.is_latest(changed, action));
+            actions
+        });
         match actions {
             Ok(actions) => actions.into_iter().for_each(|action| self.apply(action)),
             Err((word, why)) => self.reject(word, &why),
@@ -62,6 +82,30 @@ impl Feed {
             let detail = format!("{}: {word}: {why}", self.source);
             self.events.emit(Event::node(Level::Warn, "registration_refused", detail));
         }
+    }
+
+    fn is_latest(&self, changed: i64, action: &Action) -> bool {
+        if changed <= 0 {
+            return true;
+        }
+        let (pool, address) = match action {
+            Action::Put { pool, registration, .. } => {
+                let Some(endpoint) = registration.endpoints.first() else { return true };
+                (pool, &endpoint.address)
+            }
+            Action::Remove { pool, address, .. } => (pool, address),
+        };
+        let key = (pool.clone(), address.clone());
+        let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        if changes.get(&key).is_some_and(|known| *known > changed) {
+            self.metrics.registration(&self.source, "out_of_order");
+            return false;
+        }
+        if changes.len() >= CHANGES_MAX && !changes.contains_key(&key) {
+            changes.clear();
+        }
+        changes.insert(key, changed);
+        true
     }
 
     fn apply(&self, action: Action) {

@@ -145,10 +145,16 @@ async fn on_message(
     let parsed = || message::parse(&message.payload);
     match message.subject.as_str() {
         "router.register" => {
-            feed.take(parsed().and_then(|body| body.register(mapping, &is_pool)));
+            let body = parsed();
+            let changed = body.as_ref().map_or(0, |body| body.endpoint_updated_at_ns);
+            let actions = body.and_then(|body| body.register(mapping, &is_pool));
+            feed.take_changed_at(changed, actions);
         }
         "router.unregister" => {
-            feed.take(parsed().and_then(|body| body.unregister(mapping, &is_pool)));
+            let body = parsed();
+            let changed = body.as_ref().map_or(0, |body| body.endpoint_updated_at_ns);
+            let actions = body.and_then(|body| body.unregister(mapping, &is_pool));
+            feed.take_changed_at(changed, actions);
         }
         "router.greet" => {
             if let Some(reply) = message.reply

@@ -37,6 +37,12 @@ use crate::routing::{BackendSpec, Core, PoolNames, SnapshotSpec};
 /// How often leases are looked at (gorouter's 30 s are far beyond a SIP transaction's 32 s).
 pub const SWEEP_EVERY: Duration = Duration::from_millis(500);
 
+/// Milliseconds since 1970: what is the same after a restart.
+fn since_1970() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Makes the union of configuration and leases the wanted state.
 type Refresh = Box<dyn Fn() + Send + Sync>;
 
@@ -66,6 +72,8 @@ struct Inner {
     /// Leases that YAML has the same id or address of: told once.
     shadowed: HashSet<(String, String)>,
     providers: HashMap<String, ProviderState>,
+    /// Drains of before a restart: (pool, id), and when they end, in milliseconds since 1970.
+    resumed: HashMap<(String, String), u64>,
 }
 
 /// How a provider does.
@@ -127,11 +135,17 @@ impl Registry {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut epoch = now.as_millis() as u64;
         let mut model = Model::default();
+        let mut resumed = HashMap::new();
         if let Some(path) = &file {
             match file::read(path) {
                 Ok(Some(state)) => {
                     epoch = state.epoch;
                     let count = state.instances.len();
+                    for (pool, id, lease) in &state.instances {
+                        if let Some(until) = lease.drain_until.filter(|_| lease.draining) {
+                            resumed.insert((pool.clone(), id.clone()), until);
+                        }
+                    }
                     model.restore(1, state.instances);
                     let detail = format!("{count} instances from {}", path.display());
                     events.emit(Event::node(Level::Info, "registry_restored", detail));
@@ -149,7 +163,7 @@ impl Registry {
                 }
             }
         }
-        let inner = Mutex::new(Inner { model, ..Inner::default() });
+        let inner = Mutex::new(Inner { model, resumed, ..Inner::default() });
         let start = Instant::now();
         let (lease, refresh) = (Mutex::new(lease), OnceLock::new());
         let (wanted, written) = (watch::Sender::new(0), watch::Sender::new(0));
@@ -322,11 +336,45 @@ impl Registry {
         })
     }
 
-    /// No new sessions for a leased instance, or again.
-    pub fn drain(&self, pool: &str, id: &str, draining: bool) {
+    /// No new sessions for a leased instance, or again; `deadline`: the pool's if it is not given.
+    pub fn drain(&self, pool: &str, id: &str, draining: bool, deadline: Option<Duration>) {
+        let own = || {
+            let snapshot = self.core.snapshot();
+            let pool = snapshot.pool(self.core.pool_names().id(pool));
+            pool.map_or(Duration::ZERO, |pool| pool.spec.drain_deadline)
+        };
+        let length = deadline.unwrap_or_else(own);
+        let until = u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
+        let until = since_1970().saturating_add(until);
         // One that is not leased is drained by the core alone.
-        let _not_leased = self.inner().model.drain(pool, id, draining);
+        let _not_leased = self.inner().model.drain(pool, id, draining, Some(until));
         self.after();
+    }
+
+    /// Drains that were ordered before a restart end when they were to end, and not before: sessions
+    /// that the restarted edge has not heard of yet may still be there.
+    fn end_resumed_drains(&self) {
+        let now = since_1970();
+        let over: Vec<(String, String)> = {
+            let mut inner = self.inner();
+            let over = |until: &u64| *until <= now;
+            let ended: Vec<_> = inner
+                .resumed
+                .iter()
+                .filter(|(_, until)| over(until))
+                .map(|(it, _)| it.clone())
+                .collect();
+            inner.resumed.retain(|_, until| !over(until));
+            // An `undrain` or a new generation came in between.
+            ended
+                .into_iter()
+                .filter(|(pool, id)| inner.model.get(pool, id).is_some_and(|lease| lease.draining))
+                .collect()
+        };
+        for (pool, id) in over {
+            // One whose pool the configuration no longer names is nobody's.
+            let _not_there = self.core.drain(Instant::now(), &pool, &id, Some(Duration::ZERO));
+        }
     }
 
     /// An instance left.
@@ -495,6 +543,7 @@ impl Registry {
             let mut inner = self.inner();
             inner.model.sweep(now, &|pool, id| self.core.is_ill(clock, pool, id));
         }
+        self.end_resumed_drains();
         self.after();
     }
 

@@ -47,6 +47,9 @@ pub struct Lease {
     pub load: Option<u32>,
     /// Whether its sessions are being waited out, by order; a heartbeat does not undo that.
     pub draining: bool,
+    /// Until when at most, in milliseconds since 1970: it outlives a restart.
+    #[serde(default)]
+    pub drain_until: Option<u64>,
     /// When its term began.
     pub(super) renewed: Millis,
     /// When it was last heard of: a term that most got anew is no sign of life.
@@ -332,12 +335,14 @@ impl Model {
         let before = leases.get(id).cloned();
         let same = before.as_ref().is_some_and(|it| it.registration.generation == generation);
         let draining = before.as_ref().is_some_and(|it| same && it.draining);
+        let drain_until = before.as_ref().filter(|_| same).and_then(|it| it.drain_until);
         let load = before.as_ref().filter(|_| same).and_then(|it| it.load);
         let lease = Lease {
             registration,
             source: source.to_owned(),
             load,
             draining,
+            drain_until,
             renewed: now,
             heard: now,
             standing: Standing::Live,
@@ -458,16 +463,23 @@ impl Model {
         }
     }
 
-    /// Its sessions are to be waited out: no new ones, whatever it says itself.
+    /// Its sessions are to be waited out, `until` then at most: no new ones, whatever it says itself.
     ///
     /// # Errors
     /// Nobody of that name is known.
-    pub fn drain(&mut self, pool: &str, id: &str, draining: bool) -> Result<(), Refused> {
+    pub fn drain(
+        &mut self,
+        pool: &str,
+        id: &str,
+        draining: bool,
+        until: Option<u64>,
+    ) -> Result<(), Refused> {
         let leases = self.pools.get_mut(pool).ok_or(Refused::Unknown)?;
         let lease = leases.get_mut(id).ok_or(Refused::Unknown)?;
         let generation = lease.registration.generation;
-        if lease.draining != draining {
-            lease.draining = draining;
+        let until = until.filter(|_| draining);
+        if lease.draining != draining || lease.drain_until != until {
+            (lease.draining, lease.drain_until) = (draining, until);
             let what = if draining { What::Draining } else { What::Changed };
             self.tell(pool, id, generation, what);
         }

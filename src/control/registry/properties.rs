@@ -112,7 +112,7 @@ fn run(steps: Vec<Step>) {
             }
             Step::Drain { id } => {
                 let id = format!("i{id}");
-                assert_eq!(model.drain("ims", &id, true).is_ok(), shadow.contains_key(&id));
+                assert_eq!(model.drain("ims", &id, true, None).is_ok(), shadow.contains_key(&id));
             }
             Step::Wait(length) => {
                 let end = now + length;
@@ -207,7 +207,7 @@ fn most_at_once_are_held() {
 #[test]
 fn a_drain_is_an_order() {
     let mut model = with(&["a"]);
-    model.drain("ims", "a", true).expect("known");
+    model.drain("ims", "a", true, None).expect("known");
     let ready = Heartbeat { state: Some(LeaseState::Ready), load: Some(3) };
     model.renew(2, "ims", "a", None, &ready).expect("known");
     model.put(3, "ims", "a", registration(1, 0), "api", false).expect("its own");

@@ -341,7 +341,8 @@ fn check(manifest: &Path) -> Result<ExitCode> {
             for error in &errors.0 {
                 println!("{}", crate::cli::with_snippet(error));
             }
-            println!("{} errors", errors.0.len());
+            let count = errors.0.len();
+            println!("{count} {}", if count == 1 { "error" } else { "errors" });
             Ok(ExitCode::FAILURE)
         }
     }

@@ -90,8 +90,17 @@ impl CoreRouter {
         if remembered && (!backend.is_open() || self.core.is_draining()) {
             return None;
         }
-        let usable = backend.pool == query.pool
-            && backend.keeps_sessions()
+        // Of pools that share their sessions the same instance is meant, by its address in this one.
+        let backend = if backend.pool == query.pool {
+            backend
+        } else {
+            let share = |pool| self.snapshot.pool(pool)?.spec.session_share.as_deref();
+            let common = share(backend.pool).filter(|name| share(query.pool) == Some(name));
+            common?;
+            let id = &backend.spec.id;
+            self.snapshot.pool(query.pool)?.backends().find(|other| other.spec.id == *id)?
+        };
+        let usable = backend.keeps_sessions()
             && backend.is_linked()
             && backend.is_well(now)
             && !query.exclude.contains(&backend.id);
@@ -384,6 +393,10 @@ impl Router for CoreRouter {
 
     fn session_key_name(&self, pool: PoolId) -> &str {
         self.snapshot.pool(pool).map_or("", |pool| &pool.spec.session_key)
+    }
+
+    fn session_scope(&self, pool: PoolId) -> u64 {
+        self.snapshot.pool(pool).map_or_else(|| u64::from(pool.0), |known| known.scope())
     }
 
     fn name_flow(&mut self, name: SessionKey, flow: FlowId) {

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use strowger_contract::{BackendId, Class, ClassId, Pin, PoolId};
+use strowger_contract::{BackendId, Class, ClassId, Pin, PoolId, stable_hash};
 
 use super::balance::{MAGLEV_FROM, Maglev};
 use super::live::{BackendLive, identity_hash};
@@ -170,6 +170,15 @@ impl Pool {
     /// The backends.
     pub fn backends(&self) -> impl Iterator<Item = &Arc<Backend>> {
         self.backends.iter()
+    }
+
+    /// Among which pools a client's address names one session
+    /// ([`strowger_contract::Router::session_scope`]).
+    #[must_use]
+    pub fn scope(&self) -> u64 {
+        let share = self.spec.session_share.as_deref();
+        // No pool has a number that high.
+        share.map_or_else(|| u64::from(self.id.0), |name| stable_hash(name.as_bytes()) | 1 << 63)
     }
 
     /// Whether too few are well and load is spread over all.

@@ -62,6 +62,9 @@ pub struct PoolSpec {
     pub bounded_load: Option<u16>,
     /// `session.key`; empty for the protocol's default.
     pub session_key: String,
+    /// Pools of the same word know each other's sessions by address: who is on an instance in one is
+    /// led to the instance of the same id in the others.
+    pub session_share: Option<String>,
     /// How long a session is remembered without traffic.
     pub session_ttl: Duration,
     /// Active and passive health.

@@ -201,10 +201,23 @@ impl Core {
         self.name_of(backend)
     }
 
-    /// The key that a session's name has in one of the protocols' spaces.
+    /// Where the session of that name lives, in one of the protocols' spaces: a name that means the same
+    /// everywhere, or (as clients' addresses do) one that each pool has its own of.
     #[must_use]
-    pub fn session_key(&self, space: u8, name: &[u8]) -> SessionKey {
-        self.keyer().session(space, name)
+    pub fn session_named(
+        &self,
+        now: Instant,
+        space: u8,
+        pool: Option<&str>,
+        name: &[u8],
+    ) -> Option<SessionView> {
+        let snapshot = self.snapshot();
+        let wanted =
+            snapshot.pools().filter(|known| pool.is_none_or(|name| *name == known.spec.name));
+        let scoped = wanted.map(|pool| self.keyer().session_in(space, pool.scope(), name));
+        let keys = [self.keyer().session(space, name)].into_iter().chain(scoped);
+        keys.filter_map(|key| self.session_view(now, key))
+            .find(|found| pool.is_none_or(|name| *name == found.pool))
     }
 
     fn name_of(&self, backend: BackendId) -> Option<SessionView> {

@@ -292,3 +292,76 @@ fn where_many_datagrams_come_they_are_let_gather() {
     assert_eq!(burst(&edge), before, "turned off");
     assert_eq!(ask(&socket, b"one"), b"aone");
 }
+
+/// One client's TCP and UDP reach one instance, where their pools share a table: whichever comes first
+/// decides, though both pools choose at random. Pools that share nothing do not disturb each other.
+#[test]
+fn a_clients_tcp_and_udp_are_on_one_instance_if_their_pools_share() {
+    use std::io::{Read, Write};
+    let (tcp, udp, other) = (free_port(), free_port(), free_port());
+    let ports: Vec<u16> = (0..6).map(|_| free_port()).collect();
+    let names = ["a", "b", "c", "d", "e", "f"];
+    for (port, name) in ports.iter().zip(names) {
+        answerer(*port, name);
+        let listener = std::net::TcpListener::bind(("127.0.0.1", *port)).expect("a free port");
+        thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                let _gone = stream.write_all(name.as_bytes());
+            }
+        });
+    }
+    let pool = |scheme: &str, share: &str| {
+        let list = ports.iter().zip(names);
+        let list =
+            list.map(|(port, id)| format!("{{ id: {id}, address: {scheme}://127.0.0.1:{port} }}"));
+        format!(
+            "{{ balance: weighted-random, session: {{ key: source-ip{share} }}, backends: [{}] }}",
+            list.collect::<Vec<_>>().join(", ")
+        )
+    };
+    let edge = Edge::start(&format!(
+        "{HEAD}listeners:\n  - {{ name: one, protocol: tcp, bind: [\"tcp://127.0.0.1:{tcp}\"], pool: streams }}\n  - {{ name: two, protocol: udp, bind: [\"udp://127.0.0.1:{udp}\"], pool: datagrams }}\n  - {{ name: three, protocol: udp, bind: [\"udp://127.0.0.1:{other}\"], pool: alone }}\npools:\n  streams: {}\n  datagrams: {}\n  alone: {}\n",
+        pool("tcp", ", share: clients"),
+        pool("udp", ", share: clients"),
+        pool("udp", "")
+    ));
+    let from = |number: u8| std::net::Ipv4Addr::new(127, 0, 7, number);
+    let by_tcp = |number: u8| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)
+            .expect("a socket");
+        socket.bind(&std::net::SocketAddr::from((from(number), 0)).into()).expect("loopback");
+        let edge = std::net::SocketAddr::from(([127, 0, 0, 1], tcp));
+        socket.connect(&edge.into()).expect("the edge accepts");
+        let mut stream = std::net::TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+        let mut name = [0];
+        stream.read_exact(&mut name).expect("an instance");
+        name[0]
+    };
+    let by_udp = |number: u8, port: u16| {
+        let socket = UdpSocket::bind((from(number), 0)).expect("loopback");
+        socket.connect(("127.0.0.1", port)).expect("loopback");
+        socket.set_read_timeout(Some(Duration::from_secs(30))).expect("an option");
+        ask(&socket, b"?")[0]
+    };
+    let mut apart = 0;
+    for number in 1..=30 {
+        let alone = by_udp(number, other);
+        let (first, second) = if number % 2 == 0 {
+            (by_tcp(number), by_udp(number, udp))
+        } else {
+            (by_udp(number, udp), by_tcp(number))
+        };
+        assert_eq!(first, second, "client {number}: {}", edge.log());
+        assert_eq!(by_tcp(number), first, "client {number} again");
+        assert_eq!(
+            by_udp(number, other),
+            alone,
+            "client {number}: another pool's table is its own"
+        );
+        apart += usize::from(alone != first);
+    }
+    let place = edge.json("/api/v1/sessions?pool=alone&key=127.0.7.1");
+    assert_eq!(place["instance"], char::from(by_udp(1, other)).to_string(), "{place}");
+    assert!(apart > 10, "{apart}: pools that share nothing choose by themselves");
+}

@@ -608,6 +608,7 @@ fn pool(backends: Vec<BackendSpec>) -> PoolSpec {
         balance: Balance::LeastLoaded,
         bounded_load: None,
         session_key: String::new(),
+        session_share: None,
         session_ttl: Duration::from_secs(60),
         health: HealthSpec {
             probe: None,

@@ -31,6 +31,7 @@ pub(crate) fn plain(backends: Vec<BackendSpec>) -> PoolSpec {
         balance: Balance::Hash,
         bounded_load: None,
         session_key: String::new(),
+        session_share: None,
         session_ttl: TTL,
         health: HealthSpec {
             probe: Some("sip-options".into()),

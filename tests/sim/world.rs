@@ -139,6 +139,7 @@ pub(crate) fn pool_spec(
         balance,
         bounded_load: None,
         session_key: key.into(),
+        session_share: None,
         session_ttl: Duration::from_secs(7_200),
         health: HealthSpec {
             probe: None,

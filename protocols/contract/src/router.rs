@@ -195,6 +195,12 @@ pub trait Router {
     /// The pool's `session.key`, one of [`crate::Protocol::SESSION_KEYS`] or empty for the default.
     fn session_key_name(&self, pool: PoolId) -> &str;
 
+    /// Among which pools a client's address names one session: a number that is the same for all of
+    /// them.
+    fn session_scope(&self, pool: PoolId) -> u64 {
+        u64::from(pool.0)
+    }
+
     /// Lets every worker find a client's flow by a name (a Diameter identity, a registered contact).
     /// A later one of the same name replaces it. Bounded; the bound's hit is counted.
     fn name_flow(&mut self, name: SessionKey, flow: FlowId);

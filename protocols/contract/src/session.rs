@@ -57,6 +57,18 @@ impl Keyer {
         }
     }
 
+    /// As [`Keyer::session`], for names that mean something only among pools that share them
+    /// ([`crate::Router::session_scope`]): elsewhere the same name is another session. It is placed
+    /// by the name alone.
+    #[must_use]
+    pub fn session_in(&self, space: u8, scope: u64, bytes: &[u8]) -> SessionKey {
+        let mut hasher = SipHasher13::new_with_key(&self.key);
+        hasher.write(bytes);
+        hasher.write_u8(space);
+        hasher.write_u64(scope);
+        SessionKey { keyed: hasher.finish(), ..self.session(space, bytes) }
+    }
+
     /// The keyed hash alone.
     #[must_use]
     pub fn keyed(&self, space: u8, bytes: &[u8]) -> u64 {

@@ -301,13 +301,13 @@ fn session_key(
     prefixes: (u8, u8),
     router: &dyn Router,
 ) -> SessionKey {
-    let key = router.session_key_name(pool);
+    let (key, scope) = (router.session_key_name(pool), router.session_scope(pool));
     // Who asks for no name is known by its address.
     if let Some(name) = opened.facts.server_name.as_deref().filter(|_| key == "sni") {
-        return router.keyer().session(SPACE, name.as_bytes());
+        return router.keyer().session_in(SPACE, scope, name.as_bytes());
     }
     let name = source_name(key, opened.remote, opened.local, prefixes);
-    router.keyer().session(SPACE, name.as_bytes())
+    router.keyer().session_in(SPACE, scope, name.as_bytes())
 }
 
 impl Engine for TcpEngine {

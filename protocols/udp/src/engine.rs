@@ -134,7 +134,7 @@ impl UdpEngine {
         }
         let key = router.session_key_name(pool);
         let name = source_name(key, message.remote, message.local, self.prefixes);
-        let session = router.keyer().session(SPACE, name.as_bytes());
+        let session = router.keyer().session_in(SPACE, router.session_scope(pool), name.as_bytes());
         let number = self.flows.insert(now, client, session, pool, class);
         out.note(Note::Count("flow_opened"));
         self.keep(now, number, message.bytes, out);

@@ -405,12 +405,17 @@ async fn sessions(State(shared): App, Query(query): Query<SessionQuery>) -> Resp
             .collect();
         return Json(json!({ "table": core.sessions_view(), "instances": pools })).into_response();
     };
-    let found = shared
-        .backend
-        .session_spaces()
-        .iter()
-        .find_map(|&space| core.session_view(now, core.session_key(space, key.as_bytes())));
-    match found.filter(|found| query.pool.as_ref().is_none_or(|pool| *pool == found.pool)) {
+    // Clients are known by their address's bytes.
+    let address = key.parse::<std::net::IpAddr>().ok().map(|address| match address {
+        std::net::IpAddr::V4(address) => address.octets().to_vec(),
+        std::net::IpAddr::V6(address) => address.octets().to_vec(),
+    });
+    let names: Vec<Vec<u8>> = address.into_iter().chain([key.into_bytes()]).collect();
+    let pool = query.pool.as_deref();
+    let found = shared.backend.session_spaces().iter().find_map(|&space| {
+        names.iter().find_map(|name| core.session_named(now, space, pool, name))
+    });
+    match found {
         Some(found) => Json(json!(found)).into_response(),
         None => problem(
             StatusCode::NOT_FOUND,

@@ -254,7 +254,11 @@ fn pool(spec: &PoolSpec, fed: Option<&DnsPoolSettings>) -> Shown {
         ("bounded_load", spec.bounded_load.map_or_else(null, number)),
         (
             "session",
-            map([("key", optional(Some(&spec.session_key))), ("ttl", time(spec.session_ttl))]),
+            map([
+                ("key", optional(Some(&spec.session_key))),
+                ("ttl", time(spec.session_ttl)),
+                ("share", optional(spec.session_share.as_ref())),
+            ]),
         ),
         (
             "health",

@@ -160,6 +160,7 @@ fn default_pool(name: &str) -> PoolSpec {
         balance: Balance::Hash,
         bounded_load: None,
         session_key: String::new(),
+        session_share: None,
         session_ttl: Duration::from_secs(7_200),
         health: HealthSpec {
             probe: None,
@@ -214,8 +215,9 @@ fn qos(reader: &mut Reader, fields: &Fields<'_>, qos: &mut QosSpec) {
 fn session(reader: &mut Reader, fields: &Fields<'_>, pool: &mut PoolSpec) {
     let Some(node) = fields.get("session") else { return };
     let path = fields.path_of("session");
-    let Some(session) = reader.fields(node, &path, &["key", "ttl"]) else { return };
+    let Some(session) = reader.fields(node, &path, &["key", "ttl", "share"]) else { return };
     set(&mut pool.session_key, session.text(reader, "key"));
+    pool.session_share = session.text(reader, "share").filter(|word| !word.is_empty());
     if let Some(ttl) = session.duration(reader, "ttl") {
         if !(Duration::from_secs(1)..=SESSION_TTL_MAX).contains(&ttl) {
             reader.wrong(session.node_of("ttl"), &session.path_of("ttl"), "must be from 1s to 90d");

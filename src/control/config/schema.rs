@@ -38,7 +38,7 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
     let pool = map(json!({
         "balance": { "enum": ["hash", "least-loaded", "weighted-random", "round-robin", "priority"] },
         "bounded_load": number(101, 1_000),
-        "session": map(json!({ "key": { "type": "string" }, "ttl": duration })),
+        "session": map(json!({ "key": { "type": "string" }, "ttl": duration, "share": { "type": "string" } })),
         "health": map(json!({ "probe": { "type": ["string", "null"] }, "interval": duration, "timeout": duration, "rise": number(1, 1_000), "fall": number(1, 1_000) })),
         "outlier": map(json!({ "faults": number(0, 1_000_000), "ejection": duration, "max_percent": number(0, 100) })),
         "qos": map(json!({ "policy": { "enum": ["deadline", "fifo"] }, "adaptive": { "type": "boolean" } })),

@@ -132,7 +132,7 @@ fn a_busy_server_gets_less() {
     }
 }
 
-fn urgent(session: &str, number: u32, priority: u32) -> Vec<u8> {
+pub(crate) fn urgent(session: &str, number: u32, priority: u32) -> Vec<u8> {
     let mut message = ccr(session, 1, HOST, None, number);
     append(&mut message, code::DRMP, 0, &priority.to_be_bytes());
     whole(message)

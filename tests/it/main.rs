@@ -16,6 +16,7 @@ mod diameter_agent;
 mod diameter_follow;
 mod diameter_limits;
 mod diameter_links;
+mod diameter_overload;
 mod diameter_peers;
 mod harness;
 mod hostile;

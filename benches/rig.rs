@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use strowger::control::config::{self, Source};
 use strowger::protocols::Protocols;
-use strowger::routing::{Core, CoreRouter, CoreSettings};
+use strowger::routing::{Core, CoreRouter, CoreSettings, SnapshotSpec};
 use strowger_contract::{
     BackendId, Command, Context, Endpoint, Engine, FlowId, Keyer, LocalSocket, Message, Outbox,
     PeerChange, PoolId, Protocol, Router, Scope, TokenKeys, Transport, WorkerId,
@@ -28,32 +28,62 @@ pub(crate) fn core(
     address: &str,
     more: &str,
 ) -> (Arc<Core>, PoolId) {
+    let core = bare_core(now, 1 << 20);
+    let text = pool_of(backends, address, more);
+    let _plan = core.apply(now, read(&core, text));
+    let pool = core.pool_names().id("pool");
+    (core, pool)
+}
+
+/// The same over UDP, with room for so many sessions.
+pub(crate) fn core_with_room(
+    now: Instant,
+    backends: usize,
+    more: &str,
+    sessions_max: usize,
+) -> (Arc<Core>, PoolId) {
+    let core = bare_core(now, sessions_max);
+    let _plan = core.apply(now, read(&core, pool_of(backends, "udp://127.0.0.", more)));
+    let pool = core.pool_names().id("pool");
+    (core, pool)
+}
+
+/// A wanted state for such a core; each `turn` gives all backends another weight.
+pub(crate) fn spec(core: &Core, backends: usize, turn: usize) -> SnapshotSpec {
+    let weight = format!("weight: {}, address", turn % 9 + 2);
+    read(core, pool_of(backends, "udp://127.0.0.", "").replace("address", &weight))
+}
+
+fn read(core: &Core, text: String) -> SnapshotSpec {
+    let protocols = Protocols::standard();
+    let source = Source { name: "bench".into(), text };
+    let loaded = config::load(&[source], &protocols.configurers(), core.pool_names())
+        .unwrap_or_else(|errors| panic!("{errors}"));
+    loaded.spec
+}
+
+fn pool_of(backends: usize, address: &str, more: &str) -> String {
     let list: String = (0..backends)
         .map(|index| {
             let port = 10_000 + index % 50_000;
             format!("      - {{ id: b{index}, address: {address}{}:{port} }}\n", index / 50_000 + 1)
         })
         .collect();
-    let yaml =
-        format!("version: 1\npools:\n  pool:\n    slow_start: 0s\n{more}    backends:\n{list}");
-    let core = Core::new(
+    format!("version: 1\npools:\n  pool:\n    slow_start: 0s\n{more}    backends:\n{list}")
+}
+
+fn bare_core(now: Instant, sessions_max: usize) -> Arc<Core> {
+    Core::new(
         CoreSettings {
             token_keys: TokenKeys::new(vec![[7; 16]]),
             keyer: Keyer::new([3; 16]),
             seed: 1,
-            sessions_max: 1 << 20,
+            sessions_max,
             bindings_max: 1 << 16,
             workers: 1,
         },
         now,
-    );
-    let protocols = Protocols::standard();
-    let source = Source { name: "bench".into(), text: yaml };
-    let loaded = config::load(&[source], &protocols.configurers(), core.pool_names())
-        .unwrap_or_else(|errors| panic!("{errors}"));
-    let _plan = core.apply(now, loaded.spec);
-    let pool = core.pool_names().id("pool");
-    (core, pool)
+    )
 }
 
 fn context_scope<M>(pool: PoolId, transport: Transport) -> Scope<M> {
@@ -188,6 +218,14 @@ impl SipRig {
             rig.invite();
         }
         rig
+    }
+
+    /// Makes the INVITE longer, by a header.
+    pub(crate) fn pad(&mut self, bytes: usize) {
+        let header = format!("X-Padding: {}\r\n", "x".repeat(bytes));
+        let at = places(&self.invite, b"Content-Type")[0];
+        self.invite.splice(at..at, header.into_bytes());
+        self.id_at = places(&self.invite, b"00000000");
     }
 
     fn next_invite(&mut self) {
@@ -402,7 +440,7 @@ impl DiameterRig {
         );
         let cer = capabilities(FLAG_REQUEST, "client.example.net", None);
         rig.give(client, &cer);
-        rig.make_request();
+        rig.make_request(0);
         rig
     }
 
@@ -440,7 +478,13 @@ impl DiameterRig {
         self.engine.on_message(self.now, message, &mut self.router, &mut self.out);
     }
 
-    fn make_request(&mut self) {
+    /// Makes the request longer, by an AVP.
+    pub(crate) fn pad(&mut self, bytes: usize) {
+        self.make_request(bytes);
+    }
+
+    fn make_request(&mut self, padding: usize) {
+        self.request.clear();
         Builder::request(&mut self.request, 272, GX, 0, 0)
             .text(code::SESSION_ID, "client.example.net;1;00000000")
             .text(code::ORIGIN_HOST, "client.example.net")
@@ -449,7 +493,7 @@ impl DiameterRig {
             .number(code::AUTH_APPLICATION_ID, GX)
             .number(code::CC_REQUEST_TYPE, 2)
             .number(415, 1)
-            .avp(9_999_999, 0, &[0; 284])
+            .avp(9_999_999, 0, &vec![0; 284 + padding])
             .finish();
         self.session_at = places(&self.request, b"00000000")[0];
     }

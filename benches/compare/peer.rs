@@ -18,10 +18,7 @@ pub(crate) const LOAD_CORE: &str = "1";
 /// What is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    Strowger {
-        mode: &'static str,
-        workers: u8,
-    },
+    Strowger(Strowger),
     Floor {
         scheme: &'static str,
     },
@@ -36,11 +33,42 @@ pub(crate) enum Kind {
     Direct,
 }
 
+/// Our own, and how it is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Strowger {
+    pub(crate) mode: &'static str,
+    pub(crate) workers: u8,
+    /// `node.rx_usecs`.
+    pub(crate) rx_usecs: u32,
+    /// SIP listeners beside the one that has the load.
+    pub(crate) idle_listeners: u8,
+    /// Whether its configuration changes twice a second.
+    pub(crate) reloads: bool,
+    /// Whether SIP has the main port over TCP too, instead of raw TCP.
+    pub(crate) sip_over_tcp: bool,
+}
+
+impl Strowger {
+    pub(crate) const STATEFUL: Self = Self {
+        mode: "stateful",
+        workers: 1,
+        rx_usecs: 200,
+        idle_listeners: 0,
+        reloads: false,
+        sip_over_tcp: false,
+    };
+}
+
 impl Kind {
     pub(crate) fn name(self) -> String {
         match self {
-            Self::Strowger { workers: 1, .. } => "strowger".into(),
-            Self::Strowger { workers, .. } => format!("strowger, {workers} workers"),
+            Self::Strowger(Strowger { reloads: true, .. }) => "strowger, reloading".into(),
+            Self::Strowger(Strowger { rx_usecs: 0, .. }) => "strowger, rx_usecs 0".into(),
+            Self::Strowger(Strowger { idle_listeners: 1.., .. }) => {
+                "strowger, 101 listeners".into()
+            }
+            Self::Strowger(Strowger { workers: 1, .. }) => "strowger".into(),
+            Self::Strowger(Strowger { workers, .. }) => format!("strowger, {workers} workers"),
             Self::Floor { .. } => "bare forwarder".into(),
             Self::Kamailio { children: 1, .. } => "kamailio".into(),
             Self::Kamailio { children, .. } => format!("kamailio, {children} children"),
@@ -124,7 +152,47 @@ impl Ports {
     }
 }
 
+impl Strowger {
+    fn text(self, run: &Path, ports: Ports) -> String {
+        let idle: String = (0..self.idle_listeners)
+            .map(|index| {
+                format!(
+                    "  - {{ name: idle-{index}, protocol: sip, bind: [\"udp://127.0.1.{}:@PORT@\"], pool: ims }}\n",
+                    index + 1
+                )
+            })
+            .collect();
+        let mut text = include_str!("peers/strowger.yaml").to_owned();
+        if self.sip_over_tcp {
+            let udp = "bind: [\"udp://127.0.0.1:@PORT@\"";
+            text = text
+                .replace(udp, &format!("{udp}, \"tcp://127.0.0.1:@PORT@\""))
+                .lines()
+                .filter(|line| !line.contains("name: db"))
+                .map(|line| format!("{line}\n"))
+                .collect();
+        }
+        let text = text
+            .replace("pools:\n", &format!("{idle}pools:\n"))
+            .replace("@MODE@", self.mode)
+            .replace("@RX_USECS@", &self.rx_usecs.to_string())
+            .replace("@WORKERS@", &self.workers.to_string());
+        fill(&text, run, ports)
+    }
+}
+
 impl Peer {
+    /// Changes the weights of our own one's instances, by the file that it watches.
+    pub(crate) fn reload(&self, turn: u32) {
+        let file = self._folder.path().join("edge.yaml");
+        let text = fs::read_to_string(&file).expect("our configuration");
+        let weight = |turn: u32| format!("id: a, weight: {}, ", turn % 2 + 1);
+        let text = text.replace(&weight(turn), "id: a, ").replace("id: a, ", &weight(turn + 1));
+        let fresh = self._folder.path().join("fresh");
+        fs::write(&fresh, text).expect("written");
+        fs::rename(fresh, file).expect("renamed");
+    }
+
     /// Starts a proxy; `diameter` says which of its listeners gets the main port.
     pub(crate) fn start(kind: Kind, ports: Ports, diameter: bool) -> Self {
         let folder = TempDir::new().expect("a folder");
@@ -132,17 +200,14 @@ impl Peer {
         let mut command = Command::new("taskset");
         command.args(["-c", PROXY_CORE]);
         match kind {
-            Kind::Strowger { mode, workers } => {
-                if workers > 1 {
+            Kind::Strowger(ours) => {
+                if ours.workers > 1 {
                     command = Command::new("taskset");
                     command.args(["-c", "0-1"]);
                 }
                 let swapped = Ports { listen: ports.other, other: ports.listen, ..ports };
                 let ports = if diameter { swapped } else { ports };
-                let text = fill(include_str!("peers/strowger.yaml"), run, ports)
-                    .replace("@MODE@", mode)
-                    .replace("@WORKERS@", &workers.to_string());
-                fs::write(run.join("edge.yaml"), text).expect("written");
+                fs::write(run.join("edge.yaml"), ours.text(run, ports)).expect("written");
                 command
                     .args([STROWGER, "run", "--log", "warn", "--config"])
                     .arg(run.join("edge.yaml"));
@@ -238,7 +303,8 @@ impl Drop for Peer {
         for pid in self.family() {
             let _ended = Command::new("kill").arg(pid.to_string()).stderr(Stdio::null()).status();
         }
-        let limit = Instant::now() + Duration::from_secs(5);
+        // Ours would let its transactions end, which nobody waits for here.
+        let limit = Instant::now() + Duration::from_secs(1);
         while Instant::now() < limit && matches!(self.child.try_wait(), Ok(None)) {
             std::thread::sleep(Duration::from_millis(20));
         }

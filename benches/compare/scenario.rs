@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::peer::{Kind, LOAD_CORE, Peer, Ports};
+use super::peer::{Kind, LOAD_CORE, Peer, Ports, Strowger};
 use super::plot;
 
 /// The same work for several proxies.
@@ -27,12 +27,18 @@ pub(crate) struct Scenario {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Protocol {
     Sip,
+    SipTcp,
     Diameter,
     Tcp,
 }
 
-const STATEFUL: Kind = Kind::Strowger { mode: "stateful", workers: 1 };
-const STATELESS: Kind = Kind::Strowger { mode: "stateless", workers: 1 };
+const STATEFUL: Kind = Kind::Strowger(Strowger::STATEFUL);
+const STATELESS: Kind = Kind::Strowger(Strowger { mode: "stateless", ..Strowger::STATEFUL });
+const TWO_WORKERS: Kind = Kind::Strowger(Strowger { workers: 2, ..Strowger::STATEFUL });
+const UNGATHERED: Kind = Kind::Strowger(Strowger { rx_usecs: 0, ..Strowger::STATEFUL });
+const LISTENERS: Kind = Kind::Strowger(Strowger { idle_listeners: 100, ..Strowger::STATEFUL });
+const OVER_TCP: Kind = Kind::Strowger(Strowger { sip_over_tcp: true, ..Strowger::STATEFUL });
+const RELOADING: Kind = Kind::Strowger(Strowger { reloads: true, ..Strowger::STATEFUL });
 const FLOOR_UDP: Kind = Kind::Floor { scheme: "udp" };
 const FLOOR_TCP: Kind = Kind::Floor { scheme: "tcp" };
 const TCP_PEERS: &[Kind] = &[STATEFUL, Kind::Haproxy, Kind::Nginx, FLOOR_TCP];
@@ -52,6 +58,36 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
             Kind::Kamailio { mode: "stateful", children: 2 },
             FLOOR_UDP,
         ],
+    },
+    Scenario {
+        name: "sip-half",
+        title: "The same at half the rate: fewer datagrams come together",
+        unit: "call",
+        protocol: Protocol::Sip,
+        load: &["--timeout", "4s"],
+        equal_rate: 1_500,
+        capacity_from: 0,
+        peers: &[STATEFUL, UNGATHERED, Kind::Kamailio { mode: "stateful", children: 1 }, FLOOR_UDP],
+    },
+    Scenario {
+        name: "sip-tcp",
+        title: "SIP over TCP from clients, over UDP to instances, stateful, Record-Route: a call",
+        unit: "call",
+        protocol: Protocol::SipTcp,
+        load: &["--timeout", "4s", "--connections", "8"],
+        equal_rate: 1_500,
+        capacity_from: 0,
+        peers: &[OVER_TCP, Kind::Kamailio { mode: "stateful", children: 1 }],
+    },
+    Scenario {
+        name: "sip-itself",
+        title: "SIP over UDP, stateful: what workers, listeners and reloads (twice a second) cost",
+        unit: "call",
+        protocol: Protocol::Sip,
+        load: &["--timeout", "4s"],
+        equal_rate: 2_000,
+        capacity_from: 0,
+        peers: &[STATEFUL, TWO_WORKERS, LISTENERS, RELOADING],
     },
     Scenario {
         name: "sip-stateless",
@@ -201,7 +237,7 @@ impl Run {
             .peers
             .iter()
             .zip(&samples)
-            .map(|(kind, samples)| self.result(scenario, *kind, samples))
+            .map(|(kind, own)| self.result(scenario, *kind, own, &samples[0]))
             .collect();
         print_table(scenario, &results);
         if scenario.protocol == Protocol::Diameter {
@@ -218,20 +254,21 @@ impl Run {
             "results": results,
         });
         std::fs::write(file, format!("{all:#}\n")).expect("written");
-        let svg = plot::bars(scenario.title, &format!("us of CPU per {}", scenario.unit), &results);
+        let svg = plot::panels(scenario.title, scenario.unit, &results);
         std::fs::write(self.out.join(format!("{}.svg", scenario.name)), svg).expect("written");
     }
 
-    fn result(&self, scenario: &Scenario, kind: Kind, samples: &[Sample]) -> Value {
-        let spread = |of: &dyn Fn(&Sample) -> f64| {
-            let mut values: Vec<f64> = samples.iter().map(of).collect();
-            values.sort_by(f64::total_cmp);
-            json!({
-                "min": values.first(),
-                "median": values.get(values.len() / 2),
-                "max": values.last(),
-            })
-        };
+    /// `ours` are the samples of the first proxy: ratios are to that of the same round.
+    fn result(
+        &self,
+        scenario: &Scenario,
+        kind: Kind,
+        samples: &[Sample],
+        ours: &[Sample],
+    ) -> Value {
+        let spread = |of: &dyn Fn(&Sample) -> f64| spread(samples.iter().map(of).collect());
+        let cost = |sample: &Sample| sample.cpu_us_per_unit(scenario);
+        let pairs = samples.iter().zip(ours).map(|(it, ours)| cost(it) / cost(ours).max(1e-9));
         let (capacity, latencies) = if scenario.capacity_from > 0 {
             let capacity = self.capacity(scenario, kind);
             let at = |percent: u32| {
@@ -259,7 +296,8 @@ impl Run {
         };
         json!({
             "proxy": kind.name(),
-            "cpu_us": spread(&|sample| sample.cpu_us_per_unit(scenario)),
+            "cpu_us": spread(&cost),
+            "cpu_ratio_to_first": self::spread(pairs.collect()),
             "p50_us": spread(&|sample| sample.latency_us("p50")),
             "quantiles_us": QUANTILES.map(|quantile| spread(&|sample| sample.latency_us(quantile))),
             "p99_us": spread(&|sample| sample.latency_us("p99")),
@@ -308,29 +346,38 @@ impl Run {
         let direct = kind == Kind::Direct;
         let (protocol, scheme) = match scenario.protocol {
             Protocol::Sip => ("sip", "udp"),
+            Protocol::SipTcp => ("sip", "tcp"),
             Protocol::Diameter => ("diameter", "tcp"),
             Protocol::Tcp => ("tcp", "tcp"),
         };
-        let address = |port: u16| format!("{scheme}://127.0.0.1:{port}");
+        let address = |scheme: &str, port: u16| format!("{scheme}://127.0.0.1:{port}");
+        let behind = if scenario.protocol == Protocol::SipTcp { "udp" } else { scheme };
         let mut load = Command::new("taskset");
         load.args(["-c", LOAD_CORE, env!("CARGO_BIN_EXE_strowger"), "load", protocol, "--json"])
-            .args(["--target", &address(if direct { ports.a } else { ports.listen })])
-            .args(["--answer", &address(ports.a)])
+            .args(["--target", &address(scheme, if direct { ports.a } else { ports.listen })])
+            .args(["--answer", &address(behind, ports.a)])
             .args(["--for", &format!("{}s", self.seconds), "--rate", &rate.max(1).to_string()])
             .args(scenario.load);
         if !single && !direct {
-            load.args(["--answer", &address(ports.b)]);
+            load.args(["--answer", &address(behind, ports.b)]);
         }
         if scenario.protocol == Protocol::Diameter && !direct {
-            load.args(["--answer", &address(ports.c), "--answer", &address(ports.d)]);
+            for port in [ports.c, ports.d] {
+                load.args(["--answer", &address(behind, port)]);
+            }
         }
         // The servers are the load's own: what a proxy spends on finding them is not counted.
         let load = load.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let before = proxy.cpu();
         let mut child = load.spawn().expect("the load starts");
         let mut memory_kib = 0;
+        let mut turn = 0;
         while matches!(child.try_wait(), Ok(None)) {
             memory_kib = memory_kib.max(proxy.memory_kib());
+            if matches!(kind, Kind::Strowger(Strowger { reloads: true, .. })) {
+                proxy.reload(turn);
+                turn += 1;
+            }
             std::thread::sleep(std::time::Duration::from_millis(500));
         }
         let cpu_seconds = (proxy.cpu() - before).as_secs_f64();
@@ -340,14 +387,22 @@ impl Run {
     }
 }
 
+fn spread(mut values: Vec<f64>) -> Value {
+    values.sort_by(f64::total_cmp);
+    json!({
+        "min": values.first(),
+        "median": values.get(values.len() / 2),
+        "max": values.last(),
+    })
+}
+
 fn print_table(scenario: &Scenario, results: &[Value]) {
-    let first = results[0]["cpu_us"]["median"].as_f64().unwrap_or(0.0);
     println!(
-        "  {:<22} {:>12} {:>19} {:>8} {:>10} {:>10} {:>12} {:>10}",
+        "  {:<22} {:>12} {:>19} {:>22} {:>10} {:>10} {:>12} {:>10}",
         "proxy",
         format!("us CPU/{}", scenario.unit),
         "min .. max",
-        "ratio",
+        "ratio (min .. max)",
         "p50 ms",
         "p99 ms",
         "capacity /s",
@@ -361,12 +416,14 @@ fn print_table(scenario: &Scenario, results: &[Value]) {
             None => "-".into(),
         };
         println!(
-            "  {:<22} {:>12.2} {:>8.2} .. {:>7.2} {:>8.2} {:>10.3} {:>10.3} {:>12} {:>10.1}",
+            "  {:<22} {:>12.2} {:>8.2} .. {:>7.2} {:>8.2} ({:>4.2} .. {:>4.2}) {:>10.3} {:>10.3} {:>12} {:>10.1}",
             result["proxy"].as_str().unwrap_or(""),
             number("/cpu_us/median"),
             number("/cpu_us/min"),
             number("/cpu_us/max"),
-            number("/cpu_us/median") / first.max(1e-9),
+            number("/cpu_ratio_to_first/median"),
+            number("/cpu_ratio_to_first/min"),
+            number("/cpu_ratio_to_first/max"),
             number("/p50_us/median") / 1_000.0,
             number("/p99_us/median") / 1_000.0,
             capacity,

@@ -25,10 +25,36 @@ const MAGLEV_NONE: u32 = u32::MAX;
 /// The score of a backend for a key: the greatest wins. Zero for weight 0.
 #[must_use]
 pub fn rendezvous_score(key: u64, pin: Pin, weight: f64) -> f64 {
-    let hash = xxh3_64_with_seed(&key.to_le_bytes(), pin.0);
-    let unit = (hash as f64 + 0.5) / 18_446_744_073_709_551_616.0;
-    // `unit` can round to 1, whose logarithm is 0: the best score there is.
-    -weight / unit.ln().min(-f64::MIN_POSITIVE)
+    Candidate::new(key, pin, weight).score()
+}
+
+/// A backend in a comparison of scores.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate {
+    unit: f64,
+    weight: f64,
+}
+
+impl Candidate {
+    pub(super) fn new(key: u64, pin: Pin, weight: f64) -> Self {
+        let hash = xxh3_64_with_seed(&key.to_le_bytes(), pin.0);
+        Self { unit: (hash as f64 + 0.5) / 18_446_744_073_709_551_616.0, weight }
+    }
+
+    fn score(self) -> f64 {
+        // `unit` can round to 1, whose logarithm is 0: the best score there is.
+        -self.weight / self.unit.ln().min(-f64::MIN_POSITIVE)
+    }
+
+    /// Whether its score is greater. Among equal weights the hash alone decides, and the logarithm, which
+    /// is most of the cost, need not be taken.
+    pub(super) fn beats(self, other: Self) -> bool {
+        if self.weight == other.weight && self.weight > 0.0 {
+            self.unit > other.unit
+        } else {
+            self.score() > other.score()
+        }
+    }
 }
 
 /// A pseudo-random share of keys, in thousandths, that differs from backend to backend: for canaries

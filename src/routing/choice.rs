@@ -2,7 +2,7 @@
 
 use strowger_contract::{ClassId, Query};
 
-use super::balance::{is_in_share, rendezvous_score};
+use super::balance::{Candidate, is_in_share, rendezvous_score};
 use super::core::Core;
 use super::router::CoreRouter;
 use super::snapshot::{Backend, Group, Pool};
@@ -84,18 +84,18 @@ impl CoreRouter {
                 }
             }
         }
-        let mut best = None;
-        let mut best_score = -1.0;
+        let mut best: Option<(usize, Candidate)> = None;
         for &index in &group.members {
             let backend = &pool.backends[index];
             if !asked.takes(backend, misses) || !fits(backend) {
                 continue;
             }
-            let score = rendezvous_score(key, backend.pin, weight_of(pool, backend, asked.now));
-            if score > best_score {
-                (best, best_score) = (Some(index), score);
+            let candidate = Candidate::new(key, backend.pin, weight_of(pool, backend, asked.now));
+            if best.is_none_or(|(_, best)| candidate.beats(best)) {
+                best = Some((index, candidate));
             }
         }
+        let best = best.map(|(index, _)| index);
         // Nobody under the bound: the bound evens load out, it refuses nobody.
         best.or_else(|| bound.and_then(|_| Self::by_hash_unbounded(pool, group, asked, misses)))
     }

@@ -12,7 +12,7 @@ use strowger_contract::{
 
 use super::bindings::BindingTable;
 use super::brownout::Brownout;
-use super::changes::{Changes, Identity, present};
+use super::changes::{Changes, Moves, Named};
 use super::events::{CoreEvent, Happening, Plan};
 use super::flows::FlowNames;
 use super::live::{BackendLive, LiveChange};
@@ -20,7 +20,7 @@ use super::names::PoolNames;
 use super::peers::Peers;
 use super::router::CoreRouter;
 use super::snapshot::{Backend, Pool, Snapshot};
-use super::spec::{BackendSpec, PoolSpec, SnapshotSpec};
+use super::spec::SnapshotSpec;
 use super::table::{Learned, SessionTable};
 
 /// Events that wait for [`Core::tick`], at most; more are counted and dropped.
@@ -243,20 +243,18 @@ impl Core {
             self.bindings.get_or_init(|| BindingTable::new(self.settings.bindings_max));
         }
         let mut changes = self.changes();
-        let before: HashSet<Identity> = present(&changes.known).cloned().collect();
         let pools_before: HashSet<String> =
             changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
         changes.wanted = wanted;
-        changes.note_wanted(now);
+        let Moves { joined, left } = changes.note_wanted(now);
         let collisions = self.rebuild(&mut changes, now);
         changes.applied_before = true;
-        let after: HashSet<Identity> = present(&changes.known).cloned().collect();
         let pools_after: HashSet<String> =
             changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
         let plan = Plan {
             epoch: changes.epoch,
-            backends_added: names(after.difference(&before)),
-            backends_removed: names(before.difference(&after)),
+            backends_added: sorted(joined),
+            backends_removed: sorted(left),
             pools_added: pools_after.difference(&pools_before).cloned().collect(),
             pools_removed: pools_before.difference(&pools_after).cloned().collect(),
             pin_collisions: collisions,
@@ -289,21 +287,15 @@ impl Core {
         let mut collisions = Vec::new();
         let leaving = changes.leaving_by_pool();
         for spec in &changes.wanted.pools {
-            let mut specs: Vec<(BackendSpec, bool)> =
-                spec.backends.iter().map(|backend| (backend.clone(), false)).collect();
-            specs.extend(
-                leaving
-                    .get(&spec.name)
-                    .into_iter()
-                    .flatten()
-                    .map(|backend| (backend.clone(), true)),
-            );
+            let leaving = leaving.get(&spec.name).into_iter().flatten();
+            let leaving = leaving.map(|backend| (&**backend, true));
+            let specs = spec.backends.iter().map(|backend| (backend, false)).chain(leaving);
             let id = self.names.id(&spec.name);
             let name: Arc<str> = self.names.name(id).unwrap_or_else(|| spec.name.as_str().into());
-            let mut backends = Vec::with_capacity(specs.len());
+            let mut backends = Vec::with_capacity(spec.backends.len());
             for (backend, leaving) in specs {
-                let identity = (spec.name.clone(), backend.id.clone(), backend.generation);
-                let Some(known) = changes.known.get(&identity) else { continue };
+                let name_of = Named(&spec.name, &backend.id, backend.generation);
+                let Some(known) = changes.known.get(&name_of) else { continue };
                 if spec.health.probe.is_none() {
                     known.live.forget_health();
                 }
@@ -316,7 +308,7 @@ impl Core {
                     connections: spec.connections,
                     leaving,
                     live: Arc::clone(&known.live),
-                    spec: backend,
+                    spec: Arc::clone(&known.spec),
                 });
                 if let Some(other) = snapshot.pins.insert(backend.pin, Arc::clone(&backend)) {
                     collisions.push((other.pool_name.to_string(), other.spec.id.clone()));
@@ -326,7 +318,7 @@ impl Core {
                 backends.push(backend);
             }
             let live = changes.pool_lives.entry(spec.name.clone()).or_default();
-            let slim = PoolSpec { backends: Vec::new(), ..spec.clone() };
+            let slim = spec.without_backends();
             let pool = Pool::new(id, slim, backends, Arc::clone(live), &snapshot.classes);
             pool.review_panic(now);
             pool.review_slots(now);
@@ -339,7 +331,7 @@ impl Core {
         self.lives.store(Arc::new(
             changes.known.values().map(|known| (known.id, Arc::clone(&known.live))).collect(),
         ));
-        self.snapshot.store(Arc::new(snapshot));
+        changes.retired.push(self.snapshot.swap(Arc::new(snapshot)));
         collisions
     }
 
@@ -377,6 +369,8 @@ impl Core {
         if changes.forget_left(clock) {
             self.rebuild(&mut changes, clock);
         }
+        // Nobody can get hold anew of one that is no longer in force.
+        changes.retired.retain(|snapshot| Arc::strong_count(snapshot) > 1);
         drop(changes);
         std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -628,8 +622,8 @@ impl Core {
     }
 }
 
-fn names<'a>(identities: impl Iterator<Item = &'a Identity>) -> Vec<(String, String)> {
-    let mut names: Vec<_> = identities.map(|(pool, id, _)| (pool.clone(), id.clone())).collect();
+/// By name.
+fn sorted(mut names: Vec<(String, String)>) -> Vec<(String, String)> {
     names.sort();
     names
 }

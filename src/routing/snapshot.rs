@@ -78,7 +78,7 @@ pub struct Backend {
     /// Its pool's name.
     pub pool_name: Arc<str>,
     /// What was wanted of it.
-    pub spec: BackendSpec,
+    pub spec: Arc<BackendSpec>,
     /// Its pool's backends need a link.
     pub(super) needs_link: bool,
     /// How many links its pool wants to it.

@@ -97,6 +97,33 @@ pub struct PoolSpec {
     pub backends: Vec<BackendSpec>,
 }
 
+impl PoolSpec {
+    /// All of it but for its backends, of which there may be thousands.
+    pub(super) fn without_backends(&self) -> Self {
+        Self {
+            name: self.name.clone(),
+            balance: self.balance,
+            bounded_load: self.bounded_load,
+            session_key: self.session_key.clone(),
+            session_ttl: self.session_ttl,
+            session_share: self.session_share.clone(),
+            health: self.health.clone(),
+            slow_start: self.slow_start,
+            drain_deadline: self.drain_deadline,
+            debounce: self.debounce,
+            panic_percent: self.panic_percent,
+            needs_link: self.needs_link,
+            connections: self.connections,
+            bind_keys: self.bind_keys.clone(),
+            bind_places: self.bind_places.clone(),
+            qos: self.qos,
+            send_proxy: self.send_proxy,
+            tls: self.tls.clone(),
+            backends: Vec::new(),
+        }
+    }
+}
+
 /// What happens when all slots are taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QosSpec {

@@ -38,6 +38,8 @@ const PIECES: &[Piece] = &[
     ("sip-invite-stateless", "an INVITE scanned, routed, rewritten", sip_invite_stateless),
     ("sip-call-stateless", "a call's six messages (and the bench's making of them)", sip_stateless),
     ("sip-call-stateful", "the same with transactions and timers", sip_stateful),
+    ("sip-invite-refused", "an INVITE refused for want of slots", sip_refused),
+    ("diameter-refused", "a 500 B request refused for want of slots", diameter_refused),
     ("diameter-transaction", "a 500 B request and its answer", diameter),
     ("route-10", "a decision for a new session among 10 backends", |count| route(10, count)),
     ("route-1000", "the same among 1,000", |count| route(1_000, count)),
@@ -178,6 +180,22 @@ fn sip_calls(mode: Mode, count: u64) {
         rig.call(&mut ok);
         rig.pass(Duration::from_millis(5));
     }
+}
+
+fn sip_refused(count: u64) {
+    let mut rig = SipRig::overloaded(Instant::now());
+    for _ in 0..count {
+        rig.invite();
+    }
+    assert!(String::from_utf8_lossy(rig.out.arena()).contains("SIP/2.0 503"));
+}
+
+fn diameter_refused(count: u64) {
+    let mut rig = DiameterRig::overloaded(Instant::now());
+    for _ in 0..count {
+        rig.request();
+    }
+    assert_eq!(rig.told(), Some(3_004));
 }
 
 fn diameter(count: u64) {

@@ -63,6 +63,15 @@ fn diameter_relay_there_and_back(bencher: Bencher<'_, '_>) {
     });
 }
 
+/// A 500 B request refused for want of slots: read, asked for, answered with 3004.
+#[divan::bench(sample_size = 1_000)]
+fn diameter_refused(bencher: Bencher<'_, '_>) {
+    let mut rig = DiameterRig::overloaded(Instant::now());
+    rig.request();
+    assert_eq!(rig.told(), Some(3_004));
+    bencher.counter(ItemsCount::new(1u32)).bench_local(|| rig.request());
+}
+
 /// One decision for a new session.
 #[divan::bench(sample_size = 1_000, args = [10, 1_000, 10_000])]
 fn route(bencher: Bencher<'_, '_>, backends: usize) {

@@ -160,8 +160,11 @@ fn places(bytes: &[u8], marker: &[u8]) -> Vec<usize> {
 
 impl SipRig {
     pub(crate) fn new(now: Instant, mode: Mode, backends: usize) -> Self {
+        Self::with(now, SipOptions { mode, ..SipOptions::default() }, backends)
+    }
+
+    fn with(now: Instant, options: SipOptions, backends: usize) -> Self {
         let (core, pool) = core(now, backends, "udp://127.0.0.", "    balance: hash\n");
-        let options = SipOptions { mode, ..SipOptions::default() };
         let scope = context_scope::<SipMatch>(pool, Transport::Udp);
         let engine = Sip::engine(&Context {
             worker: WorkerId(0),
@@ -205,7 +208,8 @@ impl SipRig {
     /// next INVITE is refused.
     #[allow(dead_code, reason = "the micro benches use it, the allocation count does not")]
     pub(crate) fn overloaded(now: Instant) -> Self {
-        let mut rig = Self::new(now, Mode::Stateful, 1);
+        let options = SipOptions { max_transactions: 10_000, ..SipOptions::default() };
+        let mut rig = Self::with(now, options, 1);
         let snapshot = Arc::clone(rig.router.snapshot());
         let backends: Vec<BackendId> =
             snapshot.pools().flat_map(|pool| pool.backends().map(|one| one.id)).collect();
@@ -214,7 +218,7 @@ impl SipRig {
         }
         // One takes the slot, 4,000 wait (`queue_max` of setup), and refusals fill the room that is
         // kept to remember them in.
-        for _ in 0..120_000 {
+        for _ in 0..6_000 {
             rig.invite();
         }
         rig
@@ -368,6 +372,7 @@ impl SipRig {
 pub(crate) struct DiameterRig {
     engine: DiameterEngine,
     router: CoreRouter,
+    core: Arc<Core>,
     pub(crate) out: Outbox,
     now: Instant,
     client: Endpoint,
@@ -417,6 +422,7 @@ impl DiameterRig {
         let mut rig = Self {
             engine,
             router: core.router(WorkerId(0)),
+            core: Arc::clone(&core),
             out: Outbox::new(),
             now,
             client,
@@ -442,6 +448,26 @@ impl DiameterRig {
         rig.give(client, &cer);
         rig.make_request(0);
         rig
+    }
+
+    /// One whose only backend has one slot, which is taken, and whose queue is full: the next request
+    /// is refused.
+    pub(crate) fn overloaded(now: Instant) -> Self {
+        let mut rig = Self::new(now, 1);
+        let snapshot = Arc::clone(rig.router.snapshot());
+        for backend in snapshot.pools().flat_map(|pool| pool.backends()) {
+            rig.core.set_reported_slots(backend.id, Some(1));
+        }
+        // One takes the slot, 4,000 wait (`queue_max` of in-session).
+        for _ in 0..4_100 {
+            rig.request();
+        }
+        rig
+    }
+
+    /// The Result-Code of the answer in the outbox.
+    pub(crate) fn told(&self) -> Option<u32> {
+        strowger_diameter::avp::Summary::of(self.out.arena()).result_code
     }
 
     fn introduce(&mut self, backend: BackendId) {

@@ -491,6 +491,9 @@ async fn tick(inner: Arc<Inner>) {
     loop {
         ticks.tick().await;
         inner.press(&mut gauge, &mut figures);
+        for bound in inner.sinks.bounds_hit() {
+            inner.metrics.bite(bound);
+        }
         for (listener, bound) in inner.metrics.take_bites() {
             let detail = format!("`{bound}` bites for the first time; it is counted from now on");
             inner.events.emit(Event::engine(Level::Warn, &listener, "bound_hit", detail));

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// What engines and the runtime count when a bound bites, and the bound's name as an operator knows
 /// it: an option's path, or the constant's.
-const BOUNDS: [(&str, &str); 14] = [
+const BOUNDS: [(&str, &str); 16] = [
     ("sip_transactions_limit", "options.max_transactions"),
     ("sip_over_source_limit", "options.limits (of one source)"),
     ("sip_over_method_limit", "options.limits (of a method)"),
@@ -15,6 +15,8 @@ const BOUNDS: [(&str, &str); 14] = [
     ("sip_calls_not_followed", "calls followed at once (RECORDS_MAX)"),
     ("too_many_wait_for_names", "requests that wait for names (HELD_MAX)"),
     ("diameter_pending_limit", "options.peer_pending"),
+    ("diameter_reports_full", "overload reports that are kept (REPORTS_MAX)"),
+    ("diameter_duplicates_full", "answers kept for duplicates (ANSWERS_MAX, BYTES_MAX)"),
     ("diameter_ingress_limit", "options.ingress"),
     ("diameter_rules_too_long", "a message's length after rules"),
     ("backpressure", "capacity (backpressure)"),

@@ -168,6 +168,12 @@ impl Calls {
         }
     }
 
+    /// Whether a record was ever lost because too many waited.
+    #[must_use]
+    pub fn has_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed) > 0
+    }
+
     /// Live calls of a pool and an instance, the longest first, at most `limit`; and how many in all.
     #[must_use]
     pub fn list(&self, pool: Option<&str>, instance: Option<&str>, limit: usize) -> Value {

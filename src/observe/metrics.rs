@@ -414,6 +414,11 @@ impl Metrics {
         }
     }
 
+    /// A bound of the node's own bit.
+    pub fn bite(&self, bound: &'static str) {
+        self.bites.bite("", bound);
+    }
+
     /// Bounds that bit for the first time since this was last asked: (listener, bound).
     #[must_use]
     pub fn take_bites(&self) -> Vec<(String, &'static str)> {

@@ -28,6 +28,18 @@ impl Sinks {
         let traces = Traces::start(&tap, protocols, exported);
         Self { tap, traces, calls: Calls::start(records, live) }
     }
+
+    /// Bounds of theirs that ever bit.
+    pub fn bounds_hit(&self) -> impl Iterator<Item = &'static str> {
+        let bounds = [
+            (
+                self.tap.has_lost(),
+                "copies of messages that wait (QUEUE_MESSAGES_MAX, QUEUE_BYTES_MAX)",
+            ),
+            (self.calls.has_lost(), "records of calls that wait (QUEUE_MAX)"),
+        ];
+        bounds.into_iter().filter_map(|(bit, bound)| bit.then_some(bound))
+    }
 }
 
 impl fmt::Debug for Sinks {

@@ -102,6 +102,12 @@ impl Tap {
         self.wanted.load(Ordering::Relaxed) & bit != 0
     }
 
+    /// Whether a copy was ever lost because too many waited.
+    #[must_use]
+    pub fn has_lost(&self) -> bool {
+        self.lost.get() > 0
+    }
+
     /// Takes a copy, unless the queue is full.
     pub fn put(&self, capture: Capture) {
         let size = capture.bytes.len();

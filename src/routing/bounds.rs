@@ -15,6 +15,7 @@ impl Core {
             (sessions.refused > 0, "node.sessions_max (no room for a session)"),
             (pushed_out > 0, "node.bindings_max"),
             (self.events_lost.load(Relaxed) > 0, "events between two ticks (EVENTS_MAX)"),
+            (self.peers().was_full(), "peers in the operators' table (PEERS_MAX)"),
             (self.flows().was_full(), "names of flows (NAMES_PER_SHARD)"),
         ];
         for (index, (_, bound)) in bounds.iter().enumerate().filter(|(_, (bites, _))| *bites) {

@@ -214,7 +214,7 @@ impl Asked<'_> {
         }
         if self.query.awaits
             && self.query.class != ClassId::CONTROL
-            && backend.is_full(self.core.held_by(backend.id))
+            && backend.is_full_for_new(self.core.held_by(backend.id))
         {
             misses.full = true;
             return false;

@@ -348,6 +348,7 @@ impl Core {
             }
             for backend in pool.backends() {
                 backend.live.review_limit(pool.spec.qos.adaptive);
+                backend.live.review_window(clock, pool.spec.slow_start);
             }
             pool.review_slots(clock);
             pool.live.qos.review(clock);

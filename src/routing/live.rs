@@ -71,6 +71,8 @@ pub struct BackendLive {
     ejected_until: AtomicU64,
     ejections: AtomicU32,
     joined: AtomicU64,
+    /// While it starts slowly, the part of its slots that new sessions may have, in thousandths; 0: all.
+    window: AtomicU32,
     drain_since: AtomicU64,
     drain_until: AtomicU64,
     gone: AtomicBool,
@@ -481,6 +483,20 @@ impl BackendLive {
         }
         let age = now.saturating_sub(joined);
         if age >= length { 1_000 } else { (age * 1_000 / length).max(20) as u32 }
+    }
+
+    /// Looks at how far its slow start is.
+    pub(super) fn review_window(&self, now: u64, slow_start: Duration) {
+        let ramp = self.ramp(now, slow_start);
+        self.window.store(if ramp < 1_000 { ramp.max(1) } else { 0 }, Relaxed);
+    }
+
+    /// What is left of a limit for new sessions while it starts slowly: at least one.
+    pub(super) fn windowed(&self, limit: u32) -> u32 {
+        match self.window.load(Relaxed) {
+            0 => limit,
+            ramp => (u64::from(limit) * u64::from(ramp) / 1_000).max(1) as u32,
+        }
     }
 
     /// Starts a drain that ends at `until`.

@@ -2,6 +2,7 @@
 //! lost sessions, and the table of peers that operators look at.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,6 +24,7 @@ const PEERS_MAX: usize = 65_536;
 #[derive(Debug, Default)]
 pub(super) struct Peers {
     table: Mutex<BTreeMap<(String, Endpoint), PeerReport>>,
+    full: AtomicBool,
 }
 
 impl Peers {
@@ -47,8 +49,13 @@ impl Peers {
             Some(report) if table.len() < PEERS_MAX || table.contains_key(&key) => {
                 table.insert(key, report);
             }
-            Some(_) => {}
+            Some(_) => self.full.store(true, Ordering::Relaxed),
         }
+    }
+
+    /// Whether a peer was ever left out for want of room.
+    pub(super) fn was_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
     }
 }
 

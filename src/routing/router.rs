@@ -209,11 +209,11 @@ impl Router for CoreRouter {
         if now > query.deadline && query.class != ClassId::CONTROL {
             let pool = self.snapshot.pool(query.pool);
             if pool.is_none_or(|pool| pool.spec.qos.policy == Policy::Deadline) {
-                self.log_late(pool, query);
+                self.log_late(now, query);
                 return Verdict::Refuse(Refusal::TooLate);
             }
         }
-        if self.core.brownout_step() > 1 && self.is_given_up(query) {
+        if self.core.brownout_step() > 1 && self.is_given_up(now, query) {
             return Verdict::Refuse(self.overloaded());
         }
         if let Some(verdict) = query.pin.and_then(|pin| self.pinned(now, pin, query)) {

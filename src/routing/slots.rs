@@ -200,7 +200,7 @@ impl CoreRouter {
                 return self.leave(backend, *reason, query.awaits);
             }
             let held = self.core.held_by(backend.id);
-            if !pool.live.qos.is_busy() && backend.take_slot(held) {
+            if !pool.live.qos.is_busy() && backend.take_slot_for_new(held) {
                 return self.leave_on_slot(pool, backend, *reason, query);
             }
         }
@@ -240,12 +240,16 @@ impl CoreRouter {
         let mut inner = qos.lock();
         qos.announce();
         let free = match to {
-            Some((backend, _)) => (!backend.is_full(0)).then(|| Arc::clone(backend)),
+            Some((backend, _)) => (!backend.is_full()).then(|| Arc::clone(backend)),
             None => self.choose_free(pool, now, query),
         };
         if let Some(backend) = &free {
             let held = if to.is_some() { 0 } else { self.core.held_by(backend.id) };
-            if inner.lanes.is_empty() && backend.take_slot(held) {
+            let takes = || match to {
+                Some(_) => backend.take_slot(),
+                None => backend.take_slot_for_new(held),
+            };
+            if inner.lanes.is_empty() && takes() {
                 qos.renounce();
                 drop(inner);
                 return self.leave_on_slot(pool, backend, entry.waiter.reason, query);
@@ -372,7 +376,7 @@ impl CoreRouter {
     }
 
     /// Whether the brown-out ladder gives the request up; it is then counted and logged.
-    pub(super) fn is_given_up(&mut self, query: &Query<'_>) -> bool {
+    pub(super) fn is_given_up(&mut self, now: Instant, query: &Query<'_>) -> bool {
         let class = self.snapshot.class(query.class);
         let is_kept = query.in_session
             || query.class == ClassId::CONTROL
@@ -382,21 +386,39 @@ impl CoreRouter {
             return false;
         }
         self.core.brownout().count(query.class);
-        if let Some(pool) = self.snapshot.pool(query.pool) {
-            let why = "the node is short of itself";
-            let budget = class.and_then(|class| class.deadline).unwrap_or_default();
-            let budget = budget.as_micros() as u64;
-            self.core.log_refusal(&self.snapshot, pool, query.class, "brownout", why, 0, budget);
-        }
+        self.log_unasked(now, query, "brownout", "the node is short of itself");
         true
     }
 
     /// The request's time was over when it came.
-    pub(super) fn log_late(&self, pool: Option<&Arc<Pool>>, query: &Query<'_>) {
-        if let Some(pool) = pool {
-            let why = "its time was over when it came";
-            self.core.log_refusal(&self.snapshot, pool, query.class, "arrival", why, 0, 0);
+    pub(super) fn log_late(&mut self, now: Instant, query: &Query<'_>) {
+        self.log_unasked(now, query, "arrival", "its time was over when it came");
+    }
+
+    /// A refusal that the queue was not asked about: with the wait that it would have predicted, and all
+    /// that the class is promised.
+    fn log_unasked(
+        &mut self,
+        now: Instant,
+        query: &Query<'_>,
+        stage: &'static str,
+        why: &'static str,
+    ) {
+        let Some(pool) = self.snapshot.pool(query.pool).cloned() else { return };
+        if !pool.live.qos.has_log_left() {
+            return;
         }
+        let fifo = pool.spec.qos.policy == Policy::Fifo;
+        let wait = if fifo || !pool.live.qos.is_busy() {
+            0
+        } else {
+            let entry = self.entry(self.core.clock_us(now), fifo, query, None);
+            pool.live.qos.foretell(&entry)
+        };
+        let class = self.snapshot.class(query.class);
+        let budget = class.and_then(|class| class.deadline).unwrap_or_default();
+        let budget = budget.as_micros() as u64;
+        self.core.log_refusal(&self.snapshot, &pool, query.class, stage, why, wait, budget);
     }
 
     /// Nothing more is heard of the ticket.

@@ -127,15 +127,30 @@ impl Backend {
         self.spec.capacity.into_iter().chain(self.live.limit()).min()
     }
 
-    /// Whether all its slots are taken, by requests in flight and by the `held` sessions.
-    pub(super) fn is_full(&self, held: u32) -> bool {
+    /// The slots that it has for new sessions: fewer than all while it starts slowly.
+    pub(super) fn limit_for_new(&self) -> Option<u32> {
+        self.limit().map(|limit| self.live.windowed(limit))
+    }
+
+    /// Whether all its slots are taken, by requests in flight.
+    pub(super) fn is_full(&self) -> bool {
+        self.live.is_congested() || self.limit().is_some_and(|it| self.live.in_flight() >= it)
+    }
+
+    /// Whether it has none for a new session, with the `held` sessions that have some.
+    pub(super) fn is_full_for_new(&self, held: u32) -> bool {
         let taken = || self.live.in_flight().saturating_add(held);
-        self.live.is_congested() || self.limit().is_some_and(|limit| taken() >= limit)
+        self.live.is_congested() || self.limit_for_new().is_some_and(|limit| taken() >= limit)
+    }
+
+    /// Takes a slot for a new session; `false` if there is none.
+    pub(super) fn take_slot_for_new(&self, held: u32) -> bool {
+        !self.live.is_congested() && self.live.try_begin(self.limit_for_new(), held)
     }
 
     /// Takes one of its slots; `false` if there is none.
-    pub(super) fn take_slot(&self, held: u32) -> bool {
-        !self.live.is_congested() && self.live.try_begin(self.limit(), held)
+    pub(super) fn take_slot(&self) -> bool {
+        !self.live.is_congested() && self.live.try_begin(self.limit(), 0)
     }
 
     /// Whether it may take what any backend of its pool may take.
@@ -202,7 +217,7 @@ impl Pool {
     pub(super) fn review_slots(&self, now: u64) {
         let usable = || self.backends.iter().filter(|backend| backend.takes_new(now));
         let slots = usable()
-            .map(|backend| backend.limit())
+            .map(|backend| backend.limit_for_new())
             .try_fold(0u32, |sum, limit| limit.map(|limit| sum.saturating_add(limit)));
         self.live.qos.set_slots(slots.unwrap_or(0));
     }

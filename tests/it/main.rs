@@ -22,9 +22,13 @@ mod harness;
 mod hostile;
 mod load;
 mod nameserver;
+#[path = "../support/plot.rs"]
+mod plot;
 mod providers;
 mod qos;
+mod qos_hedge;
 mod qos_load;
+mod qos_side;
 mod registry;
 mod reload;
 mod reuse;

@@ -112,3 +112,36 @@ fn a_dialog_that_a_rule_made_an_emergency_stays_one_and_one_that_it_did_not_does
         assert_eq!(class, wanted, "BYE of {uri}");
     }
 }
+
+/// Where `in-session` is not the first tier, a dialog that a rule let begin in an earlier one stays there.
+#[test]
+fn a_dialog_keeps_the_tier_that_it_began_in() {
+    let config = CONFIG
+        .replace("classes:\n", "classes:\n  in-session: { tier: 2 }\n")
+        .replace("gold: { tier: 0,", "gold: { tier: 1,");
+    let mut rig = Rig::<Sip>::new(&config, 1);
+    let from = udp("198.51.100.7:5070");
+    let uri = "sip:b@example.net";
+    for (number, (more, wanted)) in
+        [("X-Tariff: gold\r\n", ClassId(6)), ("", ClassId::SETUP)].into_iter().enumerate()
+    {
+        rig.message(from, request("INVITE", uri, "", more, 200 + number).as_bytes());
+        let (class, invite) = sent_on(&rig).expect("it goes on");
+        assert_eq!(class, wanted);
+        let answer = crate::sip_bench::answer(&invite, "200 OK", "");
+        let answer = answer.replace(";tag=callee", ";tag=t");
+        rig.message(udp("10.0.0.1:5060"), answer.as_bytes());
+        let record = invite.lines().find(|line| line.starts_with("Record-Route:")).expect("one");
+        let route = record.replace("Record-Route:", "Route:") + "\r\n";
+        for method in ["UPDATE", "BYE"] {
+            let later = request(method, "sip:b@10.0.0.1:5060", ";tag=t", &route, 200 + number);
+            rig.message(from, later.as_bytes());
+            let (class, _) = sent_on(&rig).expect("it goes on");
+            assert_eq!(class, wanted, "{method}");
+        }
+        // A rule's word goes before it.
+        let info = request("INFO", "sip:b@10.0.0.1:5060", ";tag=t", &route, 200 + number);
+        rig.message(from, info.as_bytes());
+        assert_eq!(sent_on(&rig).expect("it goes on").0, ClassId::BULK);
+    }
+}

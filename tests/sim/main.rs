@@ -12,6 +12,7 @@ mod classes;
 mod diameter;
 mod diameter_mutations;
 mod diameter_waits;
+mod hedge;
 #[allow(dead_code, unreachable_pub, reason = "other tests use more of it")]
 #[path = "../support/rig.rs"]
 mod rig;

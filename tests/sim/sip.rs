@@ -161,6 +161,10 @@ pub(crate) fn simulate(seed: u64) {
     };
     let options = SipOptions {
         recurse: seed % 2 == 1,
+        hedge: (seed % 4 == 2).then(|| {
+            let hedge = serde_json::json!({"methods": ["MESSAGE", "OPTIONS"], "after": "120ms"});
+            serde_json::from_value(hedge).expect("an option")
+        }),
         topology_hiding: seed.is_multiple_of(3).then(|| TopologyHiding {
             from: if seed.is_multiple_of(2) { HideFrom::Both } else { HideFrom::Clients },
             ..TopologyHiding::default()

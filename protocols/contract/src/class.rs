@@ -2,14 +2,17 @@
 
 use std::time::Duration;
 
-/// What becomes of a message whose deadline cannot be met.
+use crate::Refusal;
+
+/// What becomes of a message whose deadline cannot be met: one that is refused as
+/// [`Refusal::Overloaded`] or [`Refusal::TooLate`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnMiss {
     /// Refuse it in the protocol's words.
     Answer,
-    /// Forget it silently.
+    /// Forget it silently: its client finds out by its own timer.
     Drop,
-    /// Reset the connection it came on.
+    /// Reset the connection it came on, with all else on it; a datagram is forgotten.
     Reset,
 }
 
@@ -34,6 +37,15 @@ pub struct Class {
 }
 
 impl Class {
+    /// What becomes of a message of the class that is refused so.
+    #[must_use]
+    pub fn on_refusal(&self, refusal: Refusal) -> OnMiss {
+        match refusal {
+            Refusal::Overloaded { .. } | Refusal::TooLate => self.on_miss,
+            _ => OnMiss::Answer,
+        }
+    }
+
     /// The built-in classes, in the order of their [`crate::ClassId`]s.
     #[must_use]
     pub fn built_in() -> Vec<Self> {

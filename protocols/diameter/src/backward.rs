@@ -44,6 +44,9 @@ impl DiameterEngine {
         let Some(pending) = self.pending.get(identifier).filter(|it| it.to == message.from) else {
             return out.drop_message("answer_unmatched");
         };
+        if pending.lost {
+            return self.on_lost_race(now, identifier, router, out);
+        }
         let (backend, application) = (pending.backend, pending.application);
         let summary = Summary::of(message.bytes);
         if let Some(backend) = backend {
@@ -140,6 +143,8 @@ impl DiameterEngine {
                 };
                 if self.reports.note(now, &report, about) {
                     out.note(Note::Count("diameter_overload_reports"));
+                } else if self.reports.is_full() {
+                    out.note(Note::Count("diameter_reports_full"));
                 }
             }
         }
@@ -168,6 +173,10 @@ impl DiameterEngine {
             result::UNABLE_TO_DELIVER => "answered_undeliverable",
             _ => "answered_error",
         };
+        if self.is_covered(&pending) {
+            out.drop_message("hedge_refused");
+            return self.pending.recycle(pending.request);
+        }
         if let Err(pending) = self.go_elsewhere(now, pending, (None, why), router, out) {
             self.learn_from(now, &pending, &Summary::of(message.bytes), router, out);
             self.deliver(now, *pending, message.bytes, Some(RequestOutcome::Failed), out);
@@ -226,6 +235,7 @@ impl DiameterEngine {
         outcome: Option<RequestOutcome>,
         out: &mut Outbox,
     ) {
+        self.wins(&pending);
         let timely =
             if now <= pending.deadline { RequestOutcome::Met } else { RequestOutcome::Late };
         let last = usize::from(pending.tries).checked_sub(1);
@@ -260,6 +270,9 @@ impl DiameterEngine {
         });
         applied.note(out);
         self.keep_answer(now, &pending, answer);
+        if self.duplicates.was_cut_short() {
+            out.note(Note::Count("diameter_duplicates_full"));
+        }
         self.pending.recycle(pending.request);
     }
 
@@ -290,6 +303,9 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        if self.is_covered(&pending) {
+            return self.pending.recycle(pending.request);
+        }
         self.answer_with(&pending, what, out);
         unbind_refused(now, &pending, router);
         note(now, pending.arrived, pending.class, outcome, None, Duration::ZERO, out);
@@ -309,6 +325,13 @@ impl DiameterEngine {
         for identifier in self.pending.find(|pending| pending.to == peer) {
             let Some(mut pending) = self.pending.remove(identifier) else { continue };
             pending.resent = true;
+            if pending.lost {
+                if let Some(backend) = pending.backend {
+                    router.outcome(now, backend, Outcome::Lost);
+                }
+                self.pending.recycle(pending.request);
+                continue;
+            }
             if let Some(backend) = pending.backend
                 && self.may_try_again(now, &pending, router)
                 && let Some(to) = self.lane_to(backend, lost, router)

@@ -84,6 +84,9 @@ impl DiameterEngine {
             sent: now,
             tried: [BackendId(0); TRIES_MAX],
             tries: 0,
+            hedge_at: None,
+            twin: None,
+            lost: false,
             request: self.pending.buffer(message.bytes),
         };
         let (expires, limit) = (pending.expires, self.settings.options.max_pending);

@@ -16,6 +16,8 @@ const BYTES_MAX: usize = 64 << 20;
 pub(crate) struct Duplicates {
     answers: HashMap<u64, Rc<[u8]>>,
     order: VecDeque<(u64, Instant)>,
+    /// One was let go before its time.
+    cut_short: bool,
     bytes: usize,
 }
 
@@ -30,6 +32,11 @@ pub(crate) fn key(origin_host: &[u8], end_to_end: u32) -> u64 {
 }
 
 impl Duplicates {
+    /// Whether an answer was let go before its time since this was last asked.
+    pub(crate) fn was_cut_short(&mut self) -> bool {
+        std::mem::take(&mut self.cut_short)
+    }
+
     /// Keeps an answer for `lasting`.
     pub(crate) fn keep(&mut self, now: Instant, key: u64, answer: &[u8], lasting: Duration) {
         while let Some(&(oldest, until)) = self.order.front() {
@@ -38,6 +45,7 @@ impl Duplicates {
                 break;
             }
             self.order.pop_front();
+            self.cut_short |= until > now;
             if let Some(gone) = self.answers.remove(&oldest) {
                 self.bytes -= gone.len();
             }

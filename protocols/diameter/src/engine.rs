@@ -15,6 +15,7 @@ use crate::answer::{Identity, result};
 use crate::avp::{Header, Summary};
 use crate::dictionary::Dictionary;
 use crate::duplicates::Duplicates;
+use crate::hedge::{Hedge, Hedging};
 use crate::matching::{DiameterMatch, Matcher, Name};
 use crate::mediation::{Changes, Mediation};
 use crate::naming;
@@ -47,6 +48,7 @@ pub(crate) struct Settings {
     pub(crate) creators: Vec<u32>,
     pub(crate) followers: Vec<u32>,
     pub(crate) answer_timeouts: Vec<Timeout>,
+    pub(crate) hedging: Option<Hedging>,
     pub(crate) reroutes: Vec<(Option<u32>, u32)>,
 }
 
@@ -98,6 +100,15 @@ impl Settings {
             priority: entry.priority,
             timeout: entry.timeout.0,
         };
+        let hedging = |hedge: &Hedge| Hedging {
+            commands: hedge
+                .commands
+                .iter()
+                .filter_map(|command| naming::commands(dictionary, command).ok())
+                .flatten()
+                .collect(),
+            after: hedge.after.0,
+        };
         let reroute = |entry: &Reroute| match entry {
             Reroute::Code(code) => (None, *code),
             Reroute::Of { application, code } => {
@@ -123,6 +134,7 @@ impl Settings {
             creators: numbers(&options.bindings.create),
             followers: numbers(&options.bindings.follow),
             answer_timeouts: options.answer_timeouts.iter().map(timeout).collect(),
+            hedging: options.hedge.as_ref().map(hedging),
             reroutes: options.reroute_on.iter().map(reroute).collect(),
             options,
             dictionary: definitions,
@@ -347,6 +359,7 @@ impl Engine for DiameterEngine {
             wheel.advance(now, |key| due.push(key));
         }
         for key in due.drain(..) {
+            self.hedge(now, key as u32, router, out);
             self.on_expired(now, key as u32, router, out);
         }
         self.due = due;

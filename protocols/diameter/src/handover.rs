@@ -75,6 +75,11 @@ impl DiameterEngine {
             .iter()
             .map(|(identifier, pending)| (*identifier, pending.expires, pending.backend))
             .collect();
+        let hedges =
+            saved.pending.iter().filter_map(|(it, pending)| Some((*it, pending.hedge_at?)));
+        for (identifier, at) in hedges.collect::<Vec<_>>() {
+            self.schedule(now, at, identifier);
+        }
         self.pending.take_over(saved.pending)?;
         for (identifier, expires, backend) in expiries {
             self.schedule(now, expires, identifier);

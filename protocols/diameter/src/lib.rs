@@ -38,6 +38,7 @@ mod engine;
 pub mod frame;
 mod goodbye;
 mod handover;
+mod hedge;
 mod matching;
 pub mod mediation;
 mod naming;

@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, ClassId, Endpoint, Note, Outbox, Outcome, Pin, PoolId, Query, Rate, Refusal,
-    RequestOutcome, Route, RouteReason, Router, SessionKey, Ticket, Verdict,
+    BackendId, ClassId, Closing, Endpoint, Note, OnMiss, Outbox, Outcome, Pin, PoolId, Query, Rate,
+    Refusal, RequestOutcome, Route, RouteReason, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::SPACE;
@@ -28,7 +28,7 @@ const PASSED_MAX: usize = 8;
 const BUSY: Refusal = Refusal::Overloaded { retry_after: std::time::Duration::from_secs(1) };
 
 /// What the router said, after all that a peer's limits say.
-enum Choice {
+pub(crate) enum Choice {
     Go(BackendId),
     Wait(Ticket),
     No(Refusal),
@@ -110,7 +110,20 @@ impl DiameterEngine {
         let Some((deadline, expires)) = self.times(now, asked, router) else {
             out.note(Note::Refused(class, Refusal::TooLate));
             let what = words(Refusal::TooLate);
-            return self.refuse_early(now, message, class, what, None, out);
+            match router.class(class).on_refusal(Refusal::TooLate) {
+                OnMiss::Answer => self.refuse(message, what.0, what.1, None, out),
+                how => forget(message.from, how, out),
+            }
+            let outcome = RequestOutcome::Rejected;
+            return note(
+                now,
+                message.arrived,
+                class,
+                outcome,
+                None,
+                std::time::Duration::ZERO,
+                out,
+            );
         };
         let pending = Pending {
             origin: message.from,
@@ -139,6 +152,9 @@ impl DiameterEngine {
             sent: now,
             tried: [BackendId(0); TRIES_MAX],
             tries: 0,
+            hedge_at: None,
+            twin: None,
+            lost: false,
             request: self.pending.buffer(message.bytes),
         };
         let strict = in_session && (aim.only || aim.pin.is_none());
@@ -231,14 +247,18 @@ impl DiameterEngine {
         }
         let same = |pending: &Pending| {
             pending.end_to_end == end_to_end
+                && !pending.lost
                 && Summary::of(&pending.request).origin_host == Some(host)
         };
-        let Some(&identifier) = self.pending.find(same).first() else { return false };
-        let Some(pending) = self.pending.get(identifier) else { return false };
+        let mut arrived = None;
+        for identifier in self.pending.find(same) {
+            let Some(pending) = self.pending.get(identifier) else { continue };
+            pending.origin = message.from;
+            pending.hop_by_hop = asked.header.hop_by_hop;
+            arrived = Some(pending.arrived);
+        }
+        let Some(arrived) = arrived else { return false };
         out.note(Note::Count("diameter_duplicates_joined"));
-        let arrived = pending.arrived;
-        pending.origin = message.from;
-        pending.hop_by_hop = asked.header.hop_by_hop;
         let outcome = RequestOutcome::Failed;
         note(now, arrived, asked.class, outcome, None, std::time::Duration::ZERO, out);
         true
@@ -364,7 +384,7 @@ impl DiameterEngine {
     }
 
     /// Asks the router, passing over backends that may not be sent more now.
-    fn choose(
+    pub(crate) fn choose(
         &mut self,
         now: Instant,
         pending: &Pending,
@@ -524,6 +544,7 @@ impl DiameterEngine {
                 return self.give_up(now, *pending, what, RequestOutcome::Rejected, router, out);
             }
         };
+        self.note_copies(now, identifier);
         let Some(pending) = self.pending.get(identifier) else { return };
         let (mut fits, mut applied) = (true, Applied::default());
         let changes = &mut self.changes;
@@ -558,6 +579,10 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) -> Result<(), Box<Pending>> {
+        if self.is_covered(&pending) {
+            self.pending.recycle(pending.request);
+            return Ok(());
+        }
         if pending.fixed || !self.may_try_again(now, &pending, router) {
             return Err(Box::new(pending));
         }
@@ -598,6 +623,9 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        if self.is_covered(&pending) {
+            return self.pending.recycle(pending.request);
+        }
         unbind_refused(now, &pending, router);
         out.note(Note::Refused(pending.class, refusal));
         let what = if pending.follows && pending.fixed {
@@ -605,11 +633,25 @@ impl DiameterEngine {
         } else {
             words(refusal)
         };
-        self.answer_with(&pending, what, out);
+        match router.class(pending.class).on_refusal(refusal) {
+            OnMiss::Answer => self.answer_with(&pending, what, out),
+            how => forget(pending.origin, how, out),
+        }
         let (arrived, class) = (pending.arrived, pending.class);
         let outcome = RequestOutcome::Rejected;
         note(now, arrived, class, outcome, None, std::time::Duration::ZERO, out);
         self.pending.recycle(pending.request);
+    }
+}
+
+/// A refusal that is not said (`on_miss`).
+fn forget(client: Endpoint, how: OnMiss, out: &mut Outbox) {
+    match (how, client) {
+        (OnMiss::Reset, Endpoint::Client(_)) => {
+            out.note(Note::Count("refused_by_reset"));
+            out.close(client, Closing::Reset);
+        }
+        _ => out.drop_message("refused_silently"),
     }
 }
 

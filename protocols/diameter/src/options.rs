@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use strowger_contract::duration::Span;
 use strowger_contract::{OptionsError, Scope};
 
+pub use crate::hedge::Hedge;
 use crate::mediation::Mediation;
 pub use crate::mediation::rules::Value;
 use crate::naming;
@@ -82,6 +83,8 @@ pub struct DiameterOptions {
     pub duplicates: Span,
     /// Follow redirect indications (RFC 6733 6.1.8), so many in a row; 0: hand them to the client.
     pub redirects: u8,
+    /// Requests that a second server is asked for when the first is slow; not given: none.
+    pub hedge: Option<Hedge>,
 }
 
 /// A time to wait for an answer.
@@ -203,9 +206,13 @@ impl Default for DiameterOptions {
             overload: Overload::default(),
             duplicates: Span::millis(0),
             redirects: 2,
+            hedge: None,
         }
     }
 }
+
+/// Credit-Control (RFC 8506).
+const CREDIT_CONTROL: u32 = 272;
 
 pub(crate) fn check(scope: &Scope<DiameterMatch>, options: &DiameterOptions) -> Vec<OptionsError> {
     let mut errors = Vec::new();
@@ -309,6 +316,25 @@ pub(crate) fn check(scope: &Scope<DiameterMatch>, options: &DiameterOptions) -> 
         for (at, command) in entry.command.iter().enumerate() {
             if let Err(message) = naming::commands(dictionary, command) {
                 wrong(format!("answer_timeouts[{index}].command[{at}]"), message);
+            }
+        }
+    }
+    if let Some(hedge) = &options.hedge {
+        if hedge.commands.is_empty() {
+            wrong("hedge.commands".into(), "names no command: nothing would be hedged".into());
+        }
+        if hedge.after < Span::millis(1) || hedge.after > Span::secs(10) {
+            wrong("hedge.after".into(), "must be from 1ms to 10s".into());
+        }
+        for (at, command) in hedge.commands.iter().enumerate() {
+            let path = format!("hedge.commands[{at}]");
+            match naming::commands(dictionary, command) {
+                Ok(codes) if codes.contains(&CREDIT_CONTROL) => wrong(
+                    path,
+                    "credit control is never done twice: two servers would both charge".into(),
+                ),
+                Ok(_) => {}
+                Err(message) => wrong(path, message),
             }
         }
     }

@@ -61,6 +61,11 @@ impl Reports {
         self.held.get(&about).filter(|report| report.until > now).map_or(0, |it| it.reduction)
     }
 
+    /// Whether no more of them can be kept.
+    pub(crate) fn is_full(&self) -> bool {
+        self.held.len() >= REPORTS_MAX
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.held.is_empty()
     }

@@ -70,6 +70,13 @@ pub(crate) struct Pending {
     pub(crate) sent: Instant,
     pub(crate) tried: [BackendId; TRIES_MAX],
     pub(crate) tries: u8,
+    /// When another server is asked as well.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
+    pub(crate) hedge_at: Option<Instant>,
+    /// The other copy of it that is under way.
+    pub(crate) twin: Option<u32>,
+    /// The other copy was answered: nobody waits for this one.
+    pub(crate) lost: bool,
     /// The request as it came, for another try.
     pub(crate) request: Vec<u8>,
 }
@@ -82,6 +89,21 @@ pub(crate) struct Pendings {
     free: std::collections::VecDeque<u32>,
     buffers: Vec<Vec<u8>>,
     len: usize,
+}
+
+impl Pending {
+    /// A second copy of what is under way as `twin`.
+    pub(crate) fn copy(&self, twin: u32) -> Self {
+        Self {
+            rules: self.rules.clone(),
+            backend: None,
+            resent: true,
+            twin: Some(twin),
+            hedge_at: None,
+            request: self.request.clone(),
+            ..*self
+        }
+    }
 }
 
 impl Pendings {

@@ -24,6 +24,15 @@ const REDIRECTIONS_MAX: u8 = 5;
 /// How long the instance that asked for credentials is remembered: it alone may know its nonce.
 const CHALLENGE_TIME: Duration = Duration::from_secs(60);
 
+/// Why a final answer that comes after another is dropped.
+fn repeated(late: bool, hedged: bool) -> &'static str {
+    match (late, hedged) {
+        (true, true) => "hedge_lost",
+        (true, false) => "answer_late",
+        (false, _) => "answer_repeated",
+    }
+}
+
 impl SipEngine {
     /// An answer to what is under way.
     #[allow(clippy::too_many_arguments, reason = "what every handler gets")]
@@ -145,8 +154,8 @@ impl SipEngine {
         let timeout = self.settings.timeout();
         let slot = at.0;
         let Some(transaction) = self.transactions.get(slot) else { return };
-        let (state, invite, method) =
-            (transaction.state, transaction.is_invite(), transaction.method);
+        let (state, invite, method, hedged) =
+            (transaction.state, transaction.is_invite(), transaction.method, transaction.hedged);
         let Some(leg) = transaction.leg(at.1) else { return };
         let late = leg.abandoned;
         let backend = leg.backend;
@@ -162,12 +171,13 @@ impl SipEngine {
         self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
         if state != State::Open {
             if !invite {
-                return out.drop_message("answer_repeated");
+                return out.drop_message(repeated(late, hedged));
             }
             // RFC 3261 16.7 step 5: a 2xx is always passed on, also behind another answer.
             return self.relay(slot, message.bytes, scan, router, out);
         }
-        self.settle_all(now, slot, router);
+        self.is_race_on(at, false);
+        self.settle_others(now, slot, router);
         self.cancel_legs(now, slot, Some(at.1), out);
         let Some(transaction) = self.transactions.get(slot) else { return };
         transaction.answered_by = backend;
@@ -247,7 +257,7 @@ impl SipEngine {
             self.acknowledge(at, message.bytes, scan, out);
         }
         let Some(transaction) = self.transactions.get(slot) else { return };
-        let state = transaction.state;
+        let (state, hedged) = (transaction.state, transaction.hedged);
         let Some(leg) = transaction.leg(at.1) else { return };
         let (was_done, late, rang) = (leg.state == LegState::Ended, leg.abandoned, leg.rang);
         let backend = leg.backend;
@@ -260,7 +270,7 @@ impl SipEngine {
         }
         self.settle_leg(now, slot, at.1, verdict, router);
         if was_done || state != State::Open {
-            return out.drop_message("answer_repeated");
+            return out.drop_message(repeated(late && !was_done, hedged));
         }
         if late {
             out.drop_message("answer_late");
@@ -270,6 +280,9 @@ impl SipEngine {
         let refuses = refuses
             || code == 503
                 && self.transactions.get(slot).is_some_and(|known| !known.named.places.is_empty());
+        if self.is_race_on(at, refuses) {
+            return out.drop_message("hedge_refused");
+        }
         let why = if code == 503 { "answered_503" } else { "answered_code" };
         if refuses && !rang && self.fail_over(now, slot, why, router, out) {
             if let Some(leg) = self.transactions.get(slot).and_then(|known| known.leg(at.1)) {
@@ -349,7 +362,7 @@ impl SipEngine {
         if self.next_contact(now, slot, router, out) || self.next_fork(now, slot, router, out) {
             return;
         }
-        self.settle_all(now, slot, router);
+        self.settle_others(now, slot, router);
         let Some(transaction) = self.transactions.get(slot) else { return };
         let (code, backend) = (transaction.best.code, transaction.best.backend);
         let (method, pool) = (transaction.method, transaction.pool);

@@ -316,10 +316,10 @@ impl Engine for SipEngine {
         now: Instant,
         ticket: Ticket,
         refusal: Refusal,
-        _: &mut dyn Router,
+        router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        self.denied(now, ticket, refusal, out);
+        self.denied(now, ticket, refusal, router, out);
     }
 
     fn on_peer(

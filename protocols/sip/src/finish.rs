@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use strowger_contract::{AttemptOutcome, ClassId, Note, Outbox, Outcome, RequestOutcome, Router};
+use strowger_contract::{
+    AttemptOutcome, ClassId, Closing, Endpoint, Note, OnMiss, Outbox, Outcome, RequestOutcome,
+    Router,
+};
 
 use crate::engine::SipEngine;
 use crate::method::Method;
@@ -152,6 +155,32 @@ impl SipEngine {
         self.schedule(now, slot);
     }
 
+    /// A refusal that is not said (`on_miss`): repetitions of the request are still absorbed.
+    pub(crate) fn forget_refused(
+        &mut self,
+        now: Instant,
+        slot: u32,
+        code: u16,
+        how: OnMiss,
+        out: &mut Outbox,
+    ) {
+        self.complete(now, slot);
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        // Nothing is repeated, nothing acknowledged; a 100 that went out says nothing any more.
+        transaction.repeat_at = None;
+        transaction.reply.clear();
+        match (how, transaction.client) {
+            (OnMiss::Reset, client @ Endpoint::Client(_)) => {
+                out.note(Note::Count("refused_by_reset"));
+                out.close(client, Closing::Reset);
+            }
+            _ => out.drop_message("refused_silently"),
+        }
+        self.note_attempt(now, slot, code, true, out);
+        self.note_end(now, slot, Some(RequestOutcome::Rejected), out);
+        self.schedule(now, slot);
+    }
+
     /// A non-2xx final answer goes out: Timers G, H, J.
     pub(crate) fn complete(&mut self, now: Instant, slot: u32) {
         let (t1, timeout, t4) =
@@ -193,6 +222,14 @@ impl SipEngine {
             Verdicts::Abandoned => Outcome::Abandoned,
         };
         router.outcome(now, backend, outcome);
+    }
+
+    /// Tells the router of all legs that it still awaits, but for those whose instances work on: the losing
+    /// copy of what was hedged.
+    pub(crate) fn settle_others(&mut self, now: Instant, slot: u32, router: &mut dyn Router) {
+        if !self.transactions.get(slot).is_some_and(|known| known.hedged) {
+            self.settle_all(now, slot, router);
+        }
     }
 
     /// Tells the router of all legs that it still awaits.

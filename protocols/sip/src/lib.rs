@@ -36,6 +36,7 @@ mod flow;
 pub mod frame;
 mod guard;
 mod handover;
+mod hedge;
 pub mod hide;
 mod incoming;
 pub mod limit;

@@ -6,6 +6,7 @@ use strowger_contract::duration::Span;
 use strowger_contract::{OptionsError, Scope};
 
 use crate::access::{Network, any};
+pub use crate::hedge::Hedge;
 use crate::hide::TopologyHiding;
 use crate::limit::Rate;
 use crate::overload::OverloadControl;
@@ -187,6 +188,8 @@ pub struct SipOptions {
     pub sips: Sips,
     /// Who does not see the other side's addresses; not given: nothing is hidden.
     pub topology_hiding: Option<TopologyHiding>,
+    /// Requests that a second instance is asked for when the first is slow; not given: none.
+    pub hedge: Option<Hedge>,
     /// Headers to add, set or remove, in order.
     pub header_rules: Vec<HeaderRule>,
 }
@@ -234,6 +237,7 @@ impl Default for SipOptions {
             overload_control: OverloadControl::default(),
             sips: Sips::Tls,
             topology_hiding: None,
+            hedge: None,
             header_rules: Vec::new(),
         }
     }
@@ -358,6 +362,9 @@ pub(crate) fn check(scope: &Scope<SipMatch>, options: &SipOptions) -> Vec<Option
     if let Some(message) = options.overload_control.check() {
         wrong("overload_control.validity", message);
     }
+    if let Some((path, message)) = options.hedge.as_ref().and_then(Hedge::check) {
+        wrong(&format!("hedge{path}"), message);
+    }
     if options.header_rules.len() > crate::rules::RULES_MAX {
         wrong("header_rules", format!("over {} rules", crate::rules::RULES_MAX));
     }
@@ -453,6 +460,7 @@ fn stateless(options: &SipOptions, wrong: &mut dyn FnMut(&str, String)) {
         ("recurse", options.recurse),
         ("cdr", options.cdr),
         ("aor_affinity", options.aor_affinity),
+        ("hedge", options.hedge.is_some()),
     ];
     for (path, given) in needs {
         if given {

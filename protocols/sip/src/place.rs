@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, Endpoint, Message, Note, Outbox, Outcome, Pin, Query, Refusal, RequestOutcome,
-    Route, Router, SessionKey, Ticket, Transport, Verdict,
+    BackendId, Endpoint, Message, Note, OnMiss, Outbox, Outcome, Pin, Query, Refusal,
+    RequestOutcome, Route, Router, SessionKey, Ticket, Transport, Verdict,
 };
 
 use crate::branch::Branch;
@@ -123,7 +123,7 @@ impl SipEngine {
     /// Asks the router. Instances that are silent or asked for a rest are left out as long as there
     /// are others.
     #[allow(clippy::too_many_arguments, reason = "what every handler gets")]
-    fn choose(
+    pub(crate) fn choose(
         &mut self,
         now: Instant,
         slot: u32,
@@ -336,6 +336,7 @@ impl SipEngine {
             transaction.legs.push(leg);
             self.transactions.note_flow(to);
         }
+        self.will_hedge(now, slot, &wanted.hop);
         Ok(())
     }
 
@@ -531,6 +532,7 @@ impl SipEngine {
         now: Instant,
         ticket: Ticket,
         refusal: Refusal,
+        router: &dyn Router,
         out: &mut Outbox,
     ) {
         let Some(slot) = self.transactions.waited(ticket) else { return };
@@ -540,7 +542,11 @@ impl SipEngine {
             // It waited for one more place; the others may still answer.
             return;
         }
+        let on_miss = router.class(transaction.class).on_refusal(refusal);
         let answer = self.answer_for(refusal);
+        if on_miss != OnMiss::Answer {
+            return self.forget_refused(now, slot, answer.code, on_miss, out);
+        }
         self.end_with(now, slot, &answer, RequestOutcome::Rejected, out);
         self.schedule(now, slot);
     }

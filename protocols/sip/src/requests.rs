@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    AttemptOutcome, ClassId, ClassRule, Endpoint, Message, Note, Outbox, Refusal, RequestOutcome,
-    Router, WorkerId,
+    AttemptOutcome, ClassId, ClassRule, Endpoint, Message, Note, OnMiss, Outbox, Refusal,
+    RequestOutcome, Router, WorkerId,
 };
 
 use crate::branch::Branch;
@@ -95,6 +95,7 @@ impl SipEngine {
         let target = self.target_of(incoming, router);
         // A dialog that was begun as an emergency is one to its end, whatever rules say.
         let class = if target.kept_emergency { ClassId::EMERGENCY } else { class };
+        let class = self.kept_class(now, incoming, class, &target, router);
         let target = Target { emergency: class == ClassId::EMERGENCY, ..target };
         if let Hop::Backend { pool, .. } = target.hop {
             self.be_telling(now, Some(pool), router);
@@ -138,6 +139,26 @@ impl SipEngine {
         };
         let carried = class == ClassId::EMERGENCY;
         ClassRule::first(rules, carried, |rule| rule.matches(&request)).unwrap_or(class)
+    }
+
+    /// A dialog's request falls into no later tier than its dialog began in, unless a rule says so. (By
+    /// default nothing is before `in-session`, and nothing is looked up.)
+    fn kept_class(
+        &self,
+        now: Instant,
+        incoming: &Incoming<'_>,
+        class: ClassId,
+        target: &Target<'_>,
+        router: &mut dyn Router,
+    ) -> ClassId {
+        let tier = router.class(class).tier;
+        if class != ClassId::IN_SESSION || tier == 0 {
+            return class;
+        }
+        let pool = if let Hop::Backend { pool, .. } = target.hop { Some(pool) } else { None };
+        let session = session_key(&incoming.message, incoming.scan, incoming.uri, pool, router);
+        let of_session = router.session_class(now, session);
+        of_session.filter(|&of| router.class(of).tier < tier).unwrap_or(class)
     }
 
     pub(crate) fn target_of<'a>(
@@ -253,6 +274,8 @@ impl SipEngine {
             ringing: None,
             answered_by: None,
             noted: false,
+            hedge_at: None,
+            hedged: false,
             record: wants_record.then(|| self.calls.record(incoming, target, pool)),
             request: self.transactions.buffer(message.bytes),
             reply: self.transactions.buffer(b""),
@@ -285,7 +308,12 @@ impl SipEngine {
             // as that takes no room from what can be served.
             let full =
                 self.transactions.len() >= self.settings.options.max_transactions as usize / 2;
-            self.finish(now, slot, incoming.scan, &answer, rejected, out);
+            let on_miss =
+                refusal.map_or(OnMiss::Answer, |refusal| router.class(class).on_refusal(refusal));
+            match on_miss {
+                OnMiss::Answer => self.finish(now, slot, incoming.scan, &answer, rejected, out),
+                silently => self.forget_refused(now, slot, answer.code, silently, out),
+            }
             if full {
                 self.transactions.remove(slot);
             }

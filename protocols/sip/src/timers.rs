@@ -45,6 +45,9 @@ impl SipEngine {
             // The resolver always answers; should it ever not, this does.
             self.unresolved(now, slot, Unresolved::NoAnswer, router, out);
         }
+        if self.transactions.current(slot, generation).is_some_and(|it| due(it.hedge_at, now)) {
+            self.hedge(now, slot, router, out);
+        }
         let legs = self.transactions.current(slot, generation).map_or(0, |it| it.legs.len());
         for attempt in 1..=legs as u8 {
             self.wake_leg(now, (slot, attempt), router, out);

@@ -193,6 +193,10 @@ pub(crate) struct Transaction {
     /// The backend that answered.
     pub(crate) answered_by: Option<BackendId>,
     pub(crate) noted: bool,
+    /// When a second instance is asked as well, and whether one was.
+    #[serde(with = "strowger_contract::handover::moment_or_none")]
+    pub(crate) hedge_at: Option<Instant>,
+    pub(crate) hedged: bool,
     pub(crate) record: Option<Box<CallRecord>>,
     /// The request as it came, and the last answer.
     pub(crate) request: Vec<u8>,
@@ -212,7 +216,10 @@ pub(crate) struct Transaction {
 impl Transaction {
     /// When something is next due.
     pub(crate) fn next_wake(&self) -> Option<Instant> {
-        let own = [self.repeat_at, self.ends_at, self.named.until].into_iter().flatten().min();
+        let own = [self.repeat_at, self.ends_at, self.named.until, self.hedge_at]
+            .into_iter()
+            .flatten()
+            .min();
         self.legs.iter().filter_map(Leg::next_wake).chain(own).min()
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use strowger_contract::{Class, ClassId};
+use strowger_contract::{Class, ClassId, OnMiss};
 
 use super::read::{Reader, join};
 use super::tree::Node;
@@ -16,13 +16,21 @@ const DEADLINE_MAX: Duration = Duration::from_secs(32);
 /// `queue_max`, at most: what waits costs memory, and what waits behind a million is late.
 const QUEUE_MAX: u64 = 1_000_000;
 
+/// The values of `on_miss`.
+pub(super) const ON_MISS: [(&str, OnMiss); 3] =
+    [("answer", OnMiss::Answer), ("drop", OnMiss::Drop), ("reset", OnMiss::Reset)];
+
+/// As configurations write it.
+pub(super) fn word_of(on_miss: OnMiss) -> &'static str {
+    ON_MISS.iter().find(|(_, known)| *known == on_miss).map_or("answer", |(word, _)| word)
+}
+
 /// Reads `classes`.
 pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>) {
     const KEYS: [&str; 6] = ["tier", "deadline", "retry", "share_min", "queue_max", "on_miss"];
     for entry in reader.named(node, "classes") {
         let path = join("classes", &entry.key);
         let Some(fields) = reader.fields(&entry.value, &path, &KEYS) else { continue };
-        fields.unsupported(reader, "on_miss", "anything but an answer to what is refused is");
         let Some(index) = place_of(reader, classes, &entry.key, &entry.value, &path) else {
             continue;
         };
@@ -45,6 +53,9 @@ pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>
                 );
             }
             class.deadline = Some(deadline);
+        }
+        if let Some(on_miss) = fields.choice(reader, "on_miss", &ON_MISS) {
+            class.on_miss = on_miss;
         }
         if let Some(retry) = fields.number(reader, "retry", 0, 3) {
             class.retry = retry as u8;

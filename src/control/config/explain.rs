@@ -55,6 +55,7 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
             ("retry", number(class.retry)),
             ("share_min", number(class.share_min)),
             ("queue_max", number(class.queue_max)),
+            ("on_miss", text(super::classes::word_of(class.on_miss))),
         ]);
         (class.name.to_string(), values)
     });

@@ -183,14 +183,6 @@ impl<'a> Fields<'a> {
         self.get(key).unwrap_or(self.node)
     }
 
-    /// Says that a key of a later release was found.
-    pub(super) fn unsupported(&self, reader: &mut Reader, key: &str, what: &str) {
-        if let Some(node) = self.get(key) {
-            let message = format!("{what} not supported in this version; remove `{key}`");
-            reader.wrong(node, &self.path_of(key), message);
-        }
-    }
-
     /// Text that must be there.
     pub(super) fn need_text(&self, reader: &mut Reader, key: &str) -> Option<String> {
         let node = self.need(reader, key)?;

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::classes::ON_MISS;
 use super::configure::Configure;
 use super::pools::{DNS_TRANSPORTS, SEND_PROXY};
 use super::providers::ISOLATIONS;
@@ -56,7 +57,8 @@ pub fn edge_schema(protocols: &[&dyn Configure]) -> Value {
         "backends": { "type": "array", "items": backend }
     }));
     let class = map(json!({
-        "tier": number(0, 3), "deadline": duration, "retry": number(0, 3), "share_min": number(0, 100), "queue_max": number(0, 1_000_000)
+        "tier": number(0, 3), "deadline": duration, "retry": number(0, 3), "share_min": number(0, 100), "queue_max": number(0, 1_000_000),
+        "on_miss": words(&ON_MISS)
     }));
     let workers = json!({ "anyOf": [{ "const": "auto" }, number(1, 64)] });
     json!({

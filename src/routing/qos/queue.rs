@@ -128,6 +128,16 @@ impl PoolQos {
         self.log_left.fetch_update(Relaxed, Relaxed, |left| left.checked_sub(1)).is_ok()
     }
 
+    /// The same, without taking the line.
+    pub(in crate::routing) fn has_log_left(&self) -> bool {
+        self.log_left.load(Relaxed) > 0
+    }
+
+    /// How long it would wait, for one that does not get that far.
+    pub(in crate::routing) fn foretell(&self, entry: &Entry) -> u64 {
+        self.predict(&self.lock(), entry)
+    }
+
     /// Whether a bound bites for the first time. `bound`: below 32.
     pub(in crate::routing) fn bites_first(&self, bound: u32) -> bool {
         self.bitten.load(Relaxed) & 1 << bound == 0
@@ -242,8 +252,8 @@ impl PoolQos {
         (backend, open, held): (&Backend, bool, u32),
         settled: &mut Vec<Settlement>,
     ) {
-        while !inner.lanes.is_empty() && backend.take_slot(0) {
-            let limit = backend.limit().unwrap_or(u32::MAX);
+        while !inner.lanes.is_empty() && backend.take_slot() {
+            let limit = backend.limit_for_new().unwrap_or(u32::MAX);
             let open = open && backend.live.in_flight().saturating_add(held) <= limit;
             let can = |capability| backend.live.can(capability);
             let next = loop {

@@ -166,6 +166,10 @@ pub(crate) fn simulate(seed: u64) {
     let options = DiameterOptions {
         origin_host: "edge.example.net".into(),
         watchdog: Span(Duration::from_secs(4)),
+        hedge: (seed % 3 == 1).then(|| {
+            let hedge = serde_json::json!({"commands": [265, 316, 318, 8388635], "after": "150ms"});
+            serde_json::from_value(hedge).expect("an option")
+        }),
         ..DiameterOptions::default()
     };
     let fresh = Box::new(move |worker: usize, life: u64| {

@@ -64,20 +64,17 @@ fn sip_a_second_instance_answers_for_the_first() {
 fn diameter_a_second_server_answers_for_the_first() {
     let (port, servers) = (free_port(), [free_port(), free_port()]);
     let asked = Arc::new(AtomicUsize::new(0));
-    let peers = [(servers[0], "a.example.net"), (servers[1], "b.example.net")].map(|(port, name)| {
-        let asked = Arc::clone(&asked);
-        Peer::start(port, name, move |peer, header, message| {
-            let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
-            if first { None } else { good(peer, header, message) }
-        })
-    });
+    let peers =
+        [(servers[0], "a.example.net"), (servers[1], "b.example.net")].map(|(port, name)| {
+            let asked = Arc::clone(&asked);
+            Peer::start(port, name, move |peer, header, message| {
+                let first = asked.fetch_add(1, Ordering::Relaxed) == 0;
+                if first { None } else { good(peer, header, message) }
+            })
+        });
     let options = ", stateless: [gx], hedge: { commands: [318], after: 50ms }";
-    let edge = Edge::start(&diameter_config(
-        port,
-        &[("a", servers[0]), ("b", servers[1])],
-        options,
-        "",
-    ));
+    let edge =
+        Edge::start(&diameter_config(port, &[("a", servers[0]), ("b", servers[1])], options, ""));
     up(&edge, &["a", "b"]);
     let mut connection = client(port, "client.example.net");
     let mut bytes = Vec::new();
@@ -123,9 +120,7 @@ fn sip_a_refusal_that_is_not_said() {
     });
     client.send(text("OPTIONS", me, 2).as_bytes()).expect("sent");
     let rejected = ["class=\"bulk\"", "outcome=\"rejected\""];
-    edge.until("it is refused", |edge| {
-        edge.metric("strowger_requests_total", &rejected) == 1.0
-    });
+    edge.until("it is refused", |edge| edge.metric("strowger_requests_total", &rejected) == 1.0);
     client.send(text("REGISTER", me, 3).as_bytes()).expect("sent");
     let mut bytes = [0; 8_192];
     let count = client.recv(&mut bytes).expect("an answer");

@@ -245,7 +245,7 @@ pub(crate) fn connects(plan: Plan, ports: &BTreeMap<&'static str, u16>) -> (Arri
                     match stream.read(&mut [0; 8]) {
                         Ok(0) => break false,
                         Ok(_) => {
-                            seen.served.get_or_insert(began.elapsed());
+                            seen.served.get_or_insert_with(|| began.elapsed());
                         }
                         Err(error) => break error.kind() == ErrorKind::WouldBlock,
                     }

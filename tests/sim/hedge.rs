@@ -253,7 +253,7 @@ impl Dra {
     }
 
     fn answer(&mut self, at: usize, result: u32) {
-        let (backend, header) = self.sent[at].clone();
+        let (backend, header) = self.sent[at];
         let flags = if result / 1_000 == 3 { 0x60 } else { 0x40 };
         let mut bytes = Vec::new();
         let (hop, end) = (header.hop_by_hop, header.end_to_end);

@@ -42,7 +42,7 @@ fn sip_a_second_instance_answers_for_the_first() {
     let port = free_port();
     // Without the hedge the client would wait for `failover_min` at least.
     let edge = Edge::start(&format!(
-        "version: 1\nnode: {{ workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [udp://127.0.0.1:{port}]\n    pool: ims\n    options: {{ t1: 20s, t2: 20s, failover_min: 20s, failover_timeout: 20s, hedge: {{ methods: [OPTIONS], after: 50ms }} }}\npools:\n  ims:\n    backends:\n      - {{ id: a, address: udp://{one} }}\n      - {{ id: b, address: udp://{two} }}\n"
+        "version: 1\nnode: {{ workers: 2 }}\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: sip\n    protocol: sip\n    bind: [udp://127.0.0.1:{port}]\n    pool: ims\n    options: {{ t1: 10s, t2: 10s, failover_min: 10s, failover_timeout: 10s, hedge: {{ methods: [OPTIONS], after: 50ms }} }}\npools:\n  ims:\n    backends:\n      - {{ id: a, address: udp://{one} }}\n      - {{ id: b, address: udp://{two} }}\n"
     ));
     let client = UdpSocket::bind("127.0.0.1:0").expect("a free port");
     client.connect(("127.0.0.1", port)).expect("an address");

@@ -40,7 +40,7 @@ fn haproxy(backend: u16) -> (Process, tempfile::TempDir, BTreeMap<&'static str, 
     let folder = tempfile::tempdir().expect("a folder");
     let mut ports = BTreeMap::new();
     let mut text = String::from(
-        "global\n  maxconn 20000\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n",
+        "global\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n",
     );
     for (class, deadline, priority) in PROMISES {
         let port = free_port();

@@ -110,6 +110,8 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
             "--connections",
             "8",
             "--follow-host",
+            "--client-realm",
+            "clients.example.net",
             "--settle",
             "8s",
             "--timeout",

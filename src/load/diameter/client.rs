@@ -119,7 +119,7 @@ impl Clients {
         net.send(Place::Stream(stream), |out| {
             let mut builder = Builder::new(out, FLAG_REQUEST, CAPABILITIES_EXCHANGE, 0, 1, 1)
                 .text(code::ORIGIN_HOST, &format!("{}-{number}.{}", options.name, options.realm))
-                .text(code::ORIGIN_REALM, &options.realm)
+                .text(code::ORIGIN_REALM, options.client_realm())
                 .address(code::HOST_IP_ADDRESS, std::net::Ipv4Addr::LOCALHOST.into())
                 .number(code::VENDOR_ID, 10_415)
                 .text(code::PRODUCT_NAME, "strowger load")
@@ -262,7 +262,7 @@ impl Clients {
             Builder::new(out, 0, header.command, 0, header.hop_by_hop, header.end_to_end)
                 .number(code::RESULT_CODE, 2_001)
                 .text(code::ORIGIN_HOST, &format!("{}-{number}.{}", options.name, options.realm))
-                .text(code::ORIGIN_REALM, &options.realm)
+                .text(code::ORIGIN_REALM, options.client_realm())
                 .finish();
         });
     }
@@ -374,7 +374,7 @@ fn template(options: &DiameterOptions, run: u32, application: u32, command: u32)
     let mut builder = Builder::request(&mut bytes, command, application, 0, 0)
         .text(code::SESSION_ID, &session)
         .text(code::ORIGIN_HOST, &format!("{}-0.{}", options.name, options.realm))
-        .text(code::ORIGIN_REALM, &options.realm)
+        .text(code::ORIGIN_REALM, options.client_realm())
         .text(code::DESTINATION_REALM, &options.realm);
     if command == CREDIT_CONTROL {
         let mut subscriber = Vec::new();

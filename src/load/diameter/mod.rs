@@ -48,9 +48,12 @@ pub struct DiameterOptions {
     /// Later requests of a session name their server (Destination-Host).
     #[arg(long)]
     follow_host: bool,
-    /// Everybody's realm.
+    /// Everybody's realm, and what requests are for.
     #[arg(long, default_value = "example.net")]
     realm: String,
+    /// Clients' own realm: a relay that looks for servers by realm must not find clients.
+    #[arg(long, value_name = "REALM")]
+    client_realm: Option<String>,
     /// The first client calls itself NAME-0.REALM.
     #[arg(long, default_value = "client", value_name = "NAME")]
     name: String,
@@ -70,6 +73,10 @@ pub struct DiameterOptions {
 impl DiameterOptions {
     pub(crate) fn common(&self) -> &Common {
         &self.common
+    }
+
+    fn client_realm(&self) -> &str {
+        self.client_realm.as_deref().unwrap_or(&self.realm)
     }
 }
 

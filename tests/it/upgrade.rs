@@ -170,8 +170,10 @@ async fn exchange(port: u16, number: u64, go_on: Arc<AtomicBool>, open: Arc<Atom
 pub(crate) const HEAD: &str = "version: 1\nnode: { workers: 2, name: edge, realm: example.net }\nadmin: { listen: \"ADMIN\" }\n";
 
 fn tcp_yaml(port: u16, backend: u16) -> String {
+    // Few flows are parked and woken all the time; for many that would be all that the machine does.
+    let park = if connections() > 1_000 { "5s" } else { "100ms" };
     format!(
-        "{HEAD}listeners:\n  - {{ name: db, protocol: tcp, bind: [\"tcp://127.0.0.1:{port}\"], pool: db, options: {{ relay: splice, park_after: 100ms }} }}\npools:\n  db: {{ backends: [ {{ id: a, address: \"tcp://127.0.0.1:{backend}\" }} ] }}\n"
+        "{HEAD}listeners:\n  - {{ name: db, protocol: tcp, bind: [\"tcp://127.0.0.1:{port}\"], pool: db, options: {{ relay: splice, park_after: {park} }} }}\npools:\n  db: {{ backends: [ {{ id: a, address: \"tcp://127.0.0.1:{backend}\" }} ] }}\n"
     )
 }
 

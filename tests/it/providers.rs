@@ -11,6 +11,7 @@ use tempfile::TempDir;
 use crate::harness::{Edge, Process, free_port, has};
 use crate::nameserver::NameServer;
 use crate::sip::phone::{Client, Server, status};
+use crate::tls::Authority;
 
 /// A nats-server that can be stopped and started at its port.
 struct Nats {
@@ -27,10 +28,31 @@ impl Nats {
         nats
     }
 
+    /// One that speaks TLS to those who ask for it, and tells of its connections at `monitor`.
+    fn secure(monitor: u16) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let authority = Authority::new(folder.path(), "ca");
+        authority.issue(folder.path(), "nats", &["127.0.0.1"]);
+        let mut nats = Self { port: free_port(), folder, process: None };
+        let path = |file: &str| nats.folder.path().join(file).display().to_string();
+        let text = format!(
+            "http: \"127.0.0.1:{monitor}\"\ntls {{ cert_file: \"{}\", key_file: \"{}\" }}\nallow_non_tls: true\n",
+            path("nats.pem"),
+            path("nats.key")
+        );
+        std::fs::write(nats.folder.path().join("nats.conf"), text).expect("written");
+        nats.again();
+        nats
+    }
+
     fn again(&mut self) {
         let mut command = Command::new("nats-server");
         command.args(["-a", "127.0.0.1", "-p", &self.port.to_string(), "--user", "cf"]);
         command.args(["--pass", "a-secret-word"]);
+        let file = self.folder.path().join("nats.conf");
+        if file.exists() {
+            command.arg("-c").arg(file);
+        }
         self.process = Some(Process::spawn(&mut command, &self.folder.path().join("nats.log")));
         for _ in 0..600 {
             if TcpStream::connect(("127.0.0.1", self.port)).is_ok() {
@@ -186,6 +208,51 @@ fn cloud_foundrys_messages_over_a_real_server() {
     bus.publish("router.register", &at("two", NOW));
     edge.until("overtaken", |edge| overtaken(edge) == 3.0);
     assert!(!is_there(&edge, &two));
+}
+
+/// Two servers, one of them over TLS: each is found when the other is gone.
+#[test]
+fn the_bus_is_reached_over_tls_and_the_other_server_takes_over() {
+    if !has("nats-server") {
+        return;
+    }
+    let monitor = free_port();
+    let (mut secure, mut plain) = (Nats::secure(monitor), Nats::start());
+    let folder = TempDir::new().expect("a folder");
+    let ca = secure.folder.path().join("ca.pem");
+    let yaml = config(free_port(), plain.port, &folder, &format!("ca: {}", ca.display()));
+    let first = format!(
+        "servers: [\"tls://127.0.0.1:{}\", \"nats://127.0.0.1:{}\"]",
+        secure.port, plain.port
+    );
+    let begin = yaml.find("servers:").expect("servers");
+    let end = begin + yaml[begin..].find('\n').expect("a line");
+    plain.stop();
+    let edge = Edge::start(&format!("{}{first}{}", &yaml[..begin], &yaml[end..]));
+    edge.until("connected", up);
+    let told = crate::harness::http(([127, 0, 0, 1], monitor).into(), "GET", "/connz", "");
+    let (_, told) = told.expect("nats-server's monitor answers");
+    assert!(told.contains("\"tls_version\""), "{told}");
+    let registered = |nats: &Nats, id: &str| {
+        let port = free_port();
+        let mut bus = nats.client();
+        bus.publish("router.register", &register(id, port));
+        edge.until(id, |edge| {
+            // The edge may be about to subscribe yet.
+            bus.publish("router.register", &register(id, port));
+            is_there(edge, &format!("{id}:{port}"))
+        });
+    };
+    registered(&secure, "over-tls");
+    secure.stop();
+    edge.until("the loss", |edge| !up(edge));
+    plain.again();
+    edge.until("connected to the other", up);
+    registered(&plain, "by-the-other");
+    plain.stop();
+    secure.again();
+    edge.until("connected to the first", |edge| edge.log().matches("provider_up").count() >= 3);
+    registered(&secure, "over-tls-again");
 }
 
 /// The bus is gone for longer than any lease: nothing lapses, calls go on, and everybody gets a

@@ -314,6 +314,55 @@ fn backends_are_who_they_must_be() {
     });
 }
 
+/// The name that an instance registered with must be in the certificate of whoever is at its address.
+#[test]
+fn a_leased_backend_is_who_its_registration_names() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = folder.path().to_path_buf();
+    let authority = Authority::new(&at, "ca");
+    authority.issue(&at, "backend", &["instance-guid-1"]);
+    let (front, back, backend) = (free_port(), free_port(), free_port());
+    echo(backend);
+    let path = |file: &str| at.join(file).display().to_string();
+    let tls = format!(
+        "    tls: {{ certificates: [{{ certificate: {}, key: {} }}] }}\n",
+        path("backend.pem"),
+        path("backend.key")
+    );
+    let pool = format!("    backends: [{{ id: a, address: tcp://127.0.0.1:{backend} }}]\n");
+    let _far = Edge::start(&config(&format!("tls://127.0.0.1:{back}"), &tls, &pool));
+    let pool =
+        format!("    tls: {{ ca: {} }}\n    debounce: 0\n    slow_start: 0\n", path("ca.pem"));
+    let edge = Edge::start(&config(&format!("tcp://127.0.0.1:{front}"), "", &pool));
+    let register = |generation: u32, name: &str| {
+        let body = format!(
+            "{{\"generation\":{generation},\"lease_ttl_ms\":600000,\"endpoints\":[{{\"protocol\":\"tcp\",\"address\":\"tls://127.0.0.1:{back}\"}}],\"identity\":{{\"tls_san\":\"{name}\"}}}}"
+        );
+        let path = "/api/v1/pools/back/instances/far";
+        let (code, told) = crate::harness::http(edge.admin, "PUT", path, &body).expect("an answer");
+        assert!((200..300).contains(&code), "{told}");
+    };
+    let ask = || -> std::io::Result<Vec<u8>> {
+        let mut stream = TcpStream::connect(("127.0.0.1", front))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.write_all(b"hello")?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        Ok(answer)
+    };
+    register(1, "instance-guid-1");
+    edge.until("its echo", |_| ask().is_ok_and(|answer| answer == b"hello"));
+    // The same address, and somebody else is expected there.
+    register(2, "instance-guid-2");
+    edge.until("the refusal", |edge| {
+        let known = edge.instance("back", "far")["generation"] == 2;
+        assert!(!known || !ask().is_ok_and(|answer| answer == b"hello"), "a stranger was believed");
+        let labels = ["side=\"backend\"", "reason=\"wrong_name\""];
+        edge.metric("strowger_tls_handshake_failures_total", &labels) > 0.0
+    });
+}
+
 /// A Diameter client is who its certificate says (RFC 6733 13.1), whatever its CER says.
 #[test]
 fn a_diameter_identity_must_be_in_the_certificate() {

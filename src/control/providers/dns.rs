@@ -81,26 +81,40 @@ fn take(
     found: &[Discovered],
     missing: &mut HashMap<String, Instant>,
 ) {
+    let known = feed.registry().of_source(feed.source());
+    feed.take(Ok(actions(settings, known, found, missing, Instant::now())));
+}
+
+/// What a look changes: who is named is there; who is not is suspended, and gone after `grace`.
+pub(super) fn actions(
+    settings: &DnsPoolSettings,
+    known: Vec<(String, String, Registration)>,
+    found: &[Discovered],
+    missing: &mut HashMap<String, Instant>,
+    now: Instant,
+) -> Vec<Action> {
     let registrations = registrations(settings, found);
     missing.retain(|id, _| !registrations.contains_key(id));
-    for (pool, id, known) in feed.registry().of_source(feed.source()) {
+    let mut actions = Vec::new();
+    for (pool, id, known) in known {
         if registrations.contains_key(&id) {
             continue;
         }
-        let since = *missing.entry(id.clone()).or_insert_with(Instant::now);
-        if since.elapsed() >= settings.grace {
+        let since = *missing.entry(id.clone()).or_insert(now);
+        if now.saturating_duration_since(since) >= settings.grace {
             missing.remove(&id);
-            // Only this source deletes what it brought in.
-            let _gone = feed.registry().delete(&pool, &id, None);
+            let endpoint = known.endpoints.into_iter().next();
+            let address = endpoint.map(|endpoint| endpoint.address).unwrap_or_default();
+            actions.push(Action::Remove { pool, address, id: Some(id) });
         } else if known.state != LeaseState::Suspended {
             let registration = Registration { state: LeaseState::Suspended, ..known };
-            feed.take(Ok(vec![Action::Put { pool, id, registration }]));
+            actions.push(Action::Put { pool, id, registration });
         }
     }
     for (id, registration) in registrations {
-        let pool = settings.pool.clone();
-        feed.take(Ok(vec![Action::Put { pool, id, registration }]));
+        actions.push(Action::Put { pool: settings.pool.clone(), id, registration });
     }
+    actions
 }
 
 fn registrations(

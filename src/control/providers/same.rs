@@ -1,14 +1,20 @@
 //! The same events by each way give the same pool.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 
+use super::dns::{DnsPoolSettings, actions as dns_actions};
 use super::message::{Action, Isolation, Mapping, RouteMessage};
 use super::tcp_routes::TcpRoute;
+use crate::control::config::{self, Source};
 use crate::control::registry::{
     Identity, InstanceEndpoint, LeaseState, Locality, Model, Registration,
 };
+use crate::control::resolve::Discovered;
+use crate::protocols::Protocols;
+use crate::routing::PoolNames;
 
 const POOL: &str = "db";
 const LEASE_S: u64 = 3;
@@ -83,7 +89,7 @@ impl CloudFoundry {
             pools: Vec::new(),
             isolation: Isolation::All,
             segments: Vec::new(),
-            stale_threshold: std::time::Duration::from_secs(LEASE_S),
+            stale_threshold: Duration::from_secs(LEASE_S),
         };
         (message, mapping)
     }
@@ -163,6 +169,89 @@ fn apply(model: &mut Model, now: u64, action: Action) {
     }
 }
 
+/// The addresses of a pool, after each of some comings and goings.
+type Addresses = Vec<BTreeSet<String>>;
+
+/// Who is there after each event: what a zone's records and a file's backends say.
+fn present(events: &[Happens]) -> Vec<BTreeSet<u8>> {
+    let mut there = BTreeSet::new();
+    let each = events.iter().map(|event| {
+        match *event {
+            Happens::There(instance) => {
+                there.insert(instance);
+            }
+            Happens::Leaves(instance) => {
+                there.remove(&instance);
+            }
+            Happens::Time(_) => {}
+        }
+        there.clone()
+    });
+    each.collect()
+}
+
+fn by_dns(events: &[Happens]) -> Addresses {
+    let settings = DnsPoolSettings {
+        pool: POOL.to_owned(),
+        name: "_db._tcp.example.net".to_owned(),
+        port: None,
+        transport: strowger_contract::Transport::Tcp,
+        grace: Duration::ZERO,
+        protocols: vec!["tcp".to_owned()],
+    };
+    let (mut model, mut missing) = (Model::default(), HashMap::new());
+    let each = present(events).into_iter().map(|there| {
+        let found: Vec<Discovered> = there
+            .into_iter()
+            .map(|instance| Discovered {
+                address: ([10, 0, 0, 5], port(instance)).into(),
+                priority: 1,
+                weight: 0,
+            })
+            .collect();
+        let known = model
+            .pool(POOL)
+            .map(|(id, lease)| (POOL.to_owned(), id.to_owned(), lease.registration.clone()))
+            .collect();
+        for action in dns_actions(&settings, known, &found, &mut missing, Instant::now()) {
+            apply(&mut model, 1, action);
+        }
+        addresses(&model)
+    });
+    each.collect()
+}
+
+fn by_files(events: &[Happens]) -> Addresses {
+    let protocols = Protocols::standard();
+    let each = present(events).into_iter().map(|there| {
+        let backends: Vec<String> = there
+            .into_iter()
+            .map(|instance| {
+                format!("{{ id: i{instance}, address: tcp://10.0.0.5:{} }}", port(instance))
+            })
+            .collect();
+        let text = format!(
+            "version: 1\nlisteners: [{{ name: l, protocol: tcp, bind: [tcp://127.0.0.1:5200], pool: {POOL} }}]\npools: {{ {POOL}: {{ backends: [{}] }} }}\n",
+            backends.join(", ")
+        );
+        let source = Source { name: "pools.yaml".to_owned(), text };
+        let loaded = config::load(&[source], &protocols.configurers(), &PoolNames::default());
+        let pools = loaded.expect("a good file").spec.pools;
+        let backends = pools.iter().flat_map(|pool| &pool.backends);
+        backends.map(|it| format!("{}://{}", it.transport.scheme(), it.address)).collect()
+    });
+    each.collect()
+}
+
+fn addresses(model: &Model) -> BTreeSet<String> {
+    let pool = model.pool(POOL);
+    pool.map(|(_, lease)| lease.registration.endpoints[0].address.clone()).collect()
+}
+
+fn by_way(way: &dyn Way, events: &[Happens]) -> Addresses {
+    told(way, events).into_iter().map(|pool| pool.into_keys().collect()).collect()
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
@@ -171,5 +260,20 @@ proptest! {
         let by_lease = told(&LeaseApi, &events);
         prop_assert_eq!(&told(&CloudFoundry, &events), &by_lease);
         prop_assert_eq!(&told(&RoutingApi, &events), &by_lease);
+    }
+
+    /// Where nobody falls silent, also those agree that say all that is there at once: zones and files.
+    #[test]
+    fn all_providers_agree_on_who_is_there(
+        events in prop::collection::vec(happens(), 1..30).prop_map(|mut events| {
+            events.retain(|event| !matches!(event, Happens::Time(_)));
+            events
+        })
+    ) {
+        let by_files = by_files(&events);
+        prop_assert_eq!(&by_way(&LeaseApi, &events), &by_files);
+        prop_assert_eq!(&by_way(&CloudFoundry, &events), &by_files);
+        prop_assert_eq!(&by_way(&RoutingApi, &events), &by_files);
+        prop_assert_eq!(&by_dns(&events), &by_files);
     }
 }

@@ -161,6 +161,17 @@ pub struct BeatReply {
     pub samples: u64,
 }
 
+impl Identity {
+    /// Whom a pool's backend must be at the TLS handshake, and in Diameter's capabilities exchange too:
+    /// there the name is its Origin-Host (RFC 6733 13.1), which a certificate's other name says
+    /// nothing of.
+    fn name_for(&self, protocols: &[&str]) -> Option<String> {
+        let diameter = protocols.contains(&"diameter");
+        let san = self.tls_san.clone().filter(|_| !diameter);
+        self.diameter_origin_host.clone().filter(|_| diameter || san.is_none()).or(san)
+    }
+}
+
 impl Registration {
     /// What is wrong with it, naming the field.
     ///
@@ -241,7 +252,7 @@ pub(super) fn backend_of(
         weight: registration.weight,
         priority: registration.priority,
         capacity: registration.capacity,
-        identity: registration.identity.diameter_origin_host.clone(),
+        identity: registration.identity.name_for(protocols),
         state: lease.state().into(),
     })
 }

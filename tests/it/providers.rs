@@ -29,9 +29,8 @@ impl Nats {
     }
 
     /// One that speaks TLS to those who ask for it, and tells of its connections at `monitor`.
-    fn secure(monitor: u16) -> Self {
+    fn secure(authority: &Authority, monitor: u16) -> Self {
         let folder = TempDir::new().expect("a folder");
-        let authority = Authority::new(folder.path(), "ca");
         authority.issue(folder.path(), "nats", &["127.0.0.1"]);
         let mut nats = Self { port: free_port(), folder, process: None };
         let path = |file: &str| nats.folder.path().join(file).display().to_string();
@@ -210,24 +209,24 @@ fn cloud_foundrys_messages_over_a_real_server() {
     assert!(!is_there(&edge, &two));
 }
 
-/// Two servers, one of them over TLS: each is found when the other is gone.
+/// Two servers over TLS: each is found when the other is gone.
 #[test]
 fn the_bus_is_reached_over_tls_and_the_other_server_takes_over() {
     if !has("nats-server") {
         return;
     }
     let monitor = free_port();
-    let (mut secure, mut plain) = (Nats::secure(monitor), Nats::start());
     let folder = TempDir::new().expect("a folder");
-    let ca = secure.folder.path().join("ca.pem");
-    let yaml = config(free_port(), plain.port, &folder, &format!("ca: {}", ca.display()));
-    let first = format!(
-        "servers: [\"tls://127.0.0.1:{}\", \"nats://127.0.0.1:{}\"]",
-        secure.port, plain.port
-    );
+    let authority = Authority::new(folder.path(), "ca");
+    let mut one = Nats::secure(&authority, monitor);
+    let mut two = Nats::secure(&authority, free_port());
+    let ca = folder.path().join("ca.pem");
+    let yaml = config(free_port(), two.port, &folder, &format!("ca: {}", ca.display()));
+    let first =
+        format!("servers: [\"tls://127.0.0.1:{}\", \"tls://127.0.0.1:{}\"]", one.port, two.port);
     let begin = yaml.find("servers:").expect("servers");
     let end = begin + yaml[begin..].find('\n').expect("a line");
-    plain.stop();
+    two.stop();
     let edge = Edge::start(&format!("{}{first}{}", &yaml[..begin], &yaml[end..]));
     edge.until("connected", up);
     let told = crate::harness::http(([127, 0, 0, 1], monitor).into(), "GET", "/connz", "");
@@ -243,16 +242,16 @@ fn the_bus_is_reached_over_tls_and_the_other_server_takes_over() {
             is_there(edge, &format!("{id}:{port}"))
         });
     };
-    registered(&secure, "over-tls");
-    secure.stop();
+    registered(&one, "one");
+    one.stop();
     edge.until("the loss", |edge| !up(edge));
-    plain.again();
+    two.again();
     edge.until("connected to the other", up);
-    registered(&plain, "by-the-other");
-    plain.stop();
-    secure.again();
+    registered(&two, "two");
+    two.stop();
+    one.again();
     edge.until("connected to the first", |edge| edge.log().matches("provider_up").count() >= 3);
-    registered(&secure, "over-tls-again");
+    registered(&one, "one-again");
 }
 
 /// The bus is gone for longer than any lease: nothing lapses, calls go on, and everybody gets a

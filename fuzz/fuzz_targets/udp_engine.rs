@@ -21,8 +21,8 @@ listeners:
     options: { flows: 6, idle_timeout: 2s, responses: RESPONSES }
     routes: [{ match: { first_bytes: [\"x\"] }, pool: other }]
 pools:
-  names: { backends: [{ id: a, address: udp://192.0.2.11:53, capacity: 3 }, { id: b, address: udp://192.0.2.12:53, capacity: 3 }] }
-  other: { backends: [{ id: c, address: udp://192.0.2.13:53, capacity: 1 }] }
+  names: { backends: [{ id: a, address: udp://192.0.2.11:53 }, { id: b, address: udp://192.0.2.12:53 }] }
+  other: { backends: [{ id: c, address: udp://192.0.2.13:53 }] }
 ";
 
 #[derive(Arbitrary, Debug)]

@@ -1,6 +1,7 @@
 //! How many instructions a message costs: callgrind's count, which no neighbour on the machine
 //! changes. `cargo bench --bench instructions` counts, compares with `benches/instructions.txt`, and
-//! fails where one is more than [`TOLERANCE`] above it; `-- --save` writes that file anew.
+//! fails where one is more than [`TOLERANCE`] above it (`-- --tolerance PERCENT`: that much); `-- --save`
+//! writes that file anew.
 //!
 //! Each piece of work is run twice under valgrind, once longer than the other. The difference, over
 //! the difference in repetitions, is the cost of one, without that of setting up.
@@ -50,10 +51,13 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|one| one != "--bench").collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--run", name, count] => run(name, count),
-        ["--save"] => compare(true),
-        [] => compare(false),
+        ["--save"] => compare(true, TOLERANCE),
+        [] => compare(false, TOLERANCE),
+        ["--tolerance", percent] if percent.parse::<u8>().is_ok() => {
+            compare(false, percent.parse().unwrap_or(0.0) / 100.0)
+        }
         _ => {
-            eprintln!("expected nothing, or --save");
+            eprintln!("expected nothing, --save, or --tolerance PERCENT");
             ExitCode::FAILURE
         }
     }
@@ -66,7 +70,7 @@ fn run(name: &str, count: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-fn compare(save: bool) -> ExitCode {
+fn compare(save: bool, tolerance: f64) -> ExitCode {
     if !Command::new("valgrind")
         .arg("--version")
         .stdout(Stdio::null())
@@ -93,7 +97,7 @@ fn compare(save: bool) -> ExitCode {
             None => ("-".to_owned(), 0.0),
         };
         println!("{name:<22} {now:>9} {before:>9} {:>+6.1} %  {what}", change * 100.0);
-        if change > TOLERANCE {
+        if change > tolerance {
             regressed.push(*name);
         }
     }

@@ -220,6 +220,8 @@ pub(crate) struct Seen {
     pub(crate) born: Duration,
     /// How long the server's first byte took to come, if it came.
     pub(crate) served: Option<Duration>,
+    /// How long it lasted.
+    pub(crate) ended: Duration,
 }
 
 /// Connects by the plan, and waits until each connection has ended by itself, served and closed, or
@@ -251,6 +253,7 @@ pub(crate) fn connects(plan: Plan, ports: &BTreeMap<&'static str, u16>) -> (Arri
                     }
                 };
                 if !goes_on {
+                    seen.ended = began.elapsed();
                     ended.push(*seen);
                 }
                 goes_on
@@ -264,7 +267,7 @@ pub(crate) fn connects(plan: Plan, ports: &BTreeMap<&'static str, u16>) -> (Arri
         let began = Instant::now();
         let stream = TcpStream::connect(("127.0.0.1", ports[class])).expect("it accepts");
         stream.set_nonblocking(true).expect("an option");
-        let seen = Seen { class, born: began - start, served: None };
+        let seen = Seen { class, born: began - start, served: None, ended: Duration::ZERO };
         give.send((stream, seen, began)).expect("the reader lives");
     });
     drop(give);

@@ -69,7 +69,9 @@ fn haproxy(backend: u16) -> (Process, tempfile::TempDir, BTreeMap<&'static str, 
     (process, folder, ports)
 }
 
-/// The share of each class's connections that began to be served in time, and of what the server could do.
+/// The share of each class's connections that began to be served in time, and of what the server could do
+/// while they came. (What waits at the end is still served: a deeper queue looks better by that, the more so
+/// the shorter the run.)
 fn shares(seen: &[Seen], plan: Plan) -> (Vec<f64>, f64) {
     let met = |seen: &&Seen| seen.served.is_some_and(|after| after <= promised(seen.class));
     let of_class = MIX.iter().map(|(class, _)| {
@@ -91,14 +93,23 @@ fn through(who: &str, plan: Plan) -> Vec<Seen> {
     connects(plan, &ports).1
 }
 
-fn row(what: &str, shares: &[f64], goodput: f64) {
+/// The median time, in milliseconds, after which a connection that was never served was told so.
+fn median_refusal(seen: &[Seen]) -> f64 {
+    let mut times: Vec<Duration> =
+        seen.iter().filter(|seen| seen.served.is_none()).map(|seen| seen.ended).collect();
+    times.sort_unstable();
+    times.get(times.len() / 2).map_or(0.0, |time| time.as_secs_f64() * 1_000.0)
+}
+
+fn row(what: &str, shares: &[f64], goodput: f64, refusal: Option<f64>) {
     let shares: Vec<String> = shares.iter().map(|share| format!("{share:.3}")).collect();
-    println!("| {what} | {} | {goodput:.3} |", shares.join(" | "));
+    let refusal = refusal.map_or("-".to_owned(), |ms| format!("{ms:.0}"));
+    println!("| {what} | {} | {goodput:.3} | {refusal} |", shares.join(" | "));
 }
 
 fn head() {
-    println!("| | emergency | in-session | setup | mobility | bulk | goodput |");
-    println!("|---|---|---|---|---|---|---|");
+    println!("| | emergency | in-session | setup | mobility | bulk | goodput | median no, ms |");
+    println!("|---|---|---|---|---|---|---|---|");
 }
 
 /// The same connections through all three: each is served or refused, and tier 0 is not worse off by
@@ -115,7 +126,7 @@ fn haproxy_and_fifo_beside() {
     for who in ["deadline", "fifo", "haproxy"] {
         let seen = through(who, plan);
         let (shares, goodput) = shares(&seen, plan);
-        row(who, &shares, goodput);
+        row(who, &shares, goodput, Some(median_refusal(&seen)));
         assert!(seen.iter().any(|seen| seen.served.is_some()), "{who} serves");
         counts.push(seen.len());
         tier_0.push(shares[1]);
@@ -155,8 +166,12 @@ fn everything_beside() {
                 let mut points = Vec::new();
                 for load in LOADS {
                     let plan = Plan { load, lasting, kind, spike: None };
-                    let (shares, goodput) = match protocol {
-                        "tcp" => shares(&through(who, plan), plan),
+                    let (shares, goodput, refusal) = match protocol {
+                        "tcp" => {
+                            let seen = through(who, plan);
+                            let (shares, goodput) = shares(&seen, plan);
+                            (shares, goodput, Some(median_refusal(&seen)))
+                        }
                         _ => {
                             let run = if protocol == "sip" { sip } else { diameter };
                             let (_, told, _) = run(who, plan);
@@ -164,10 +179,11 @@ fn everything_beside() {
                                 MIX.iter().map(|(class, _)| share_met(&told, class)).collect();
                             let met: f64 = told.values().map(|outcomes| outcomes["met"]).sum();
                             let seconds = plan.lasting.as_secs_f64() / SERVICE.as_secs_f64();
-                            (of_class, met / (SLOTS as f64 * seconds))
+                            (of_class, met / (SLOTS as f64 * seconds), None)
                         }
                     };
-                    row(&format!("{who}, {kind:?}, {load} x").to_lowercase(), &shares, goodput);
+                    let what = format!("{who}, {kind:?}, {load} x").to_lowercase();
+                    row(&what, &shares, goodput, refusal);
                     points.push((load, goodput));
                 }
                 let name = format!("{who}, {kind:?}").to_lowercase();

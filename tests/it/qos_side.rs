@@ -103,7 +103,7 @@ fn median_refusal(seen: &[Seen]) -> f64 {
 
 fn row(what: &str, shares: &[f64], goodput: f64, refusal: Option<f64>) {
     let shares: Vec<String> = shares.iter().map(|share| format!("{share:.3}")).collect();
-    let refusal = refusal.map_or("-".to_owned(), |ms| format!("{ms:.0}"));
+    let refusal = refusal.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.0}"));
     println!("| {what} | {} | {goodput:.3} | {refusal} |", shares.join(" | "));
 }
 

@@ -25,6 +25,16 @@ const ACR: u32 = 271;
 const DWR: u32 = 280;
 const DPR: u32 = 282;
 
+/// What stands before the listeners: time enough for peers that are slow to start, and two resends.
+const HEAD: &str = "version: 1
+node: { workers: 2, realm: example.net }
+admin: { listen: ADMIN }
+classes:
+  setup: { deadline: 20s, retry: 2 }
+  in-session: { deadline: 20s, retry: 2 }
+  bulk: { deadline: 20s, retry: 2 }
+";
+
 /// An edge in front of these servers.
 fn config(port: u16, servers: &[(&str, u16)], options: &str) -> String {
     let server = |(id, port): &(&str, u16)| {
@@ -34,14 +44,7 @@ fn config(port: u16, servers: &[(&str, u16)], options: &str) -> String {
     };
     let servers: String = servers.iter().map(server).collect();
     format!(
-        "version: 1
-node: {{ workers: 2, realm: example.net }}
-admin: {{ listen: ADMIN }}
-classes:
-  setup: {{ deadline: 20s, retry: 2 }}
-  in-session: {{ deadline: 20s, retry: 2 }}
-  bulk: {{ deadline: 20s, retry: 2 }}
-listeners:
+        "{HEAD}listeners:
   - name: dra
     protocol: diameter
     bind: [tcp://127.0.0.1:{port}]

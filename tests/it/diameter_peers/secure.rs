@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use super::freediameter::{self, Kit};
 use super::stacks::{compile_otp, erl, is_content, python, verdict};
-use super::until_up;
+use super::{HEAD, until_up};
 use crate::diameter::{Connection, capabilities, ccr};
 use crate::harness::{Edge, alone, free_port, has, wait_for_tcp};
 use crate::tls::Authority;
@@ -61,14 +61,7 @@ fn tls_with_real_peers_on_both_sides() {
     let port = free_port();
     let file = |name: &str| path.join(name).display().to_string();
     let yaml = format!(
-        "version: 1
-node: {{ workers: 2, realm: example.net }}
-admin: {{ listen: ADMIN }}
-classes:
-  setup: {{ deadline: 20s, retry: 2 }}
-  in-session: {{ deadline: 20s, retry: 2 }}
-  bulk: {{ deadline: 20s, retry: 2 }}
-listeners:
+        "{HEAD}listeners:
   - name: dra
     protocol: diameter
     bind: [tls://127.0.0.1:{port}]

@@ -42,7 +42,9 @@ fn erlang_over_several_connections_of_which_one_is_lost() {
     let erlang = erl(folder.path(), "a", &call);
     wait_for_tcp(server);
     let (tap, port) = (Tap::to(server), free_port());
+    // A worker takes its own connections first: with one of them, all are used, wherever clients come.
     let yaml = config(port, &[("a", tap.port)], "")
+        .replace("workers: 2", "workers: 1")
         .replace("    backends:", &format!("    connections: {CONNECTIONS}\n    backends:"));
     let edge = Edge::start(&yaml);
     edge.until("three connections", |edge| connections(edge, "a") == [1, 2, 3]);

@@ -46,6 +46,8 @@ pub(crate) struct Strowger {
     pub(crate) reloads: bool,
     /// Whether SIP has the main port over TCP too, instead of raw TCP.
     pub(crate) sip_over_tcp: bool,
+    /// Whether raw TCP is relayed by splice(2).
+    pub(crate) splice: bool,
 }
 
 impl Strowger {
@@ -56,6 +58,7 @@ impl Strowger {
         idle_listeners: 0,
         reloads: false,
         sip_over_tcp: false,
+        splice: false,
     };
 }
 
@@ -63,6 +66,7 @@ impl Kind {
     pub(crate) fn name(self) -> String {
         match self {
             Self::Strowger(Strowger { reloads: true, .. }) => "strowger, reloading".into(),
+            Self::Strowger(Strowger { splice: true, .. }) => "strowger, splice".into(),
             Self::Strowger(Strowger { rx_usecs: 0, .. }) => "strowger, rx_usecs 0".into(),
             Self::Strowger(Strowger { idle_listeners: 1.., .. }) => {
                 "strowger, 101 listeners".into()
@@ -171,6 +175,9 @@ impl Strowger {
                 .filter(|line| !line.contains("name: db"))
                 .map(|line| format!("{line}\n"))
                 .collect();
+        }
+        if self.splice {
+            text = text.replace("pool: db }", "pool: db, options: { relay: splice } }");
         }
         let text = text
             .replace("pools:\n", &format!("{idle}pools:\n"))

@@ -41,7 +41,8 @@ const OVER_TCP: Kind = Kind::Strowger(Strowger { sip_over_tcp: true, ..Strowger:
 const RELOADING: Kind = Kind::Strowger(Strowger { reloads: true, ..Strowger::STATEFUL });
 const FLOOR_UDP: Kind = Kind::Floor { scheme: "udp" };
 const FLOOR_TCP: Kind = Kind::Floor { scheme: "tcp" };
-const TCP_PEERS: &[Kind] = &[STATEFUL, Kind::Haproxy, Kind::Nginx, FLOOR_TCP];
+const SPLICE: Kind = Kind::Strowger(Strowger { splice: true, ..Strowger::STATEFUL });
+const TCP_PEERS: &[Kind] = &[STATEFUL, SPLICE, Kind::Haproxy, Kind::Nginx, FLOOR_TCP];
 
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {

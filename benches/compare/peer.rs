@@ -67,7 +67,11 @@ impl Kind {
         match self {
             Self::Strowger(Strowger { reloads: true, .. }) => "strowger, reloading".into(),
             Self::Strowger(Strowger { splice: true, .. }) => "strowger, splice".into(),
-            Self::Strowger(Strowger { rx_usecs: 0, .. }) => "strowger, rx_usecs 0".into(),
+            Self::Strowger(Strowger { rx_usecs, .. })
+                if rx_usecs != Strowger::STATEFUL.rx_usecs =>
+            {
+                format!("strowger, rx_usecs {rx_usecs}")
+            }
             Self::Strowger(Strowger { idle_listeners: 1.., .. }) => {
                 "strowger, 101 listeners".into()
             }

@@ -35,6 +35,8 @@ enum Protocol {
 const STATEFUL: Kind = Kind::Strowger(Strowger::STATEFUL);
 const STATELESS: Kind = Kind::Strowger(Strowger { mode: "stateless", ..Strowger::STATEFUL });
 const TWO_WORKERS: Kind = Kind::Strowger(Strowger { workers: 2, ..Strowger::STATEFUL });
+/// Pauses as long as what freeDiameter takes.
+const GATHERED_LONG: Kind = Kind::Strowger(Strowger { rx_usecs: 1_000, ..Strowger::STATEFUL });
 const UNGATHERED: Kind = Kind::Strowger(Strowger { rx_usecs: 0, ..Strowger::STATEFUL });
 const LISTENERS: Kind = Kind::Strowger(Strowger { idle_listeners: 100, ..Strowger::STATEFUL });
 const OVER_TCP: Kind = Kind::Strowger(Strowger { sip_over_tcp: true, ..Strowger::STATEFUL });
@@ -105,22 +107,20 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         title: "Diameter relay: Gx, Gy and S6a, 500 B requests, 8 client and 4 server connections",
         unit: "transaction",
         protocol: Protocol::Diameter,
-        load: &[
-            "--mix",
-            "gx=60,gy=20,s6a=20",
-            "--connections",
-            "8",
-            "--follow-host",
-            "--client-realm",
-            "clients.example.net",
-            "--settle",
-            "8s",
-            "--timeout",
-            "4s",
-        ],
+        load: DIAMETER,
         equal_rate: 4_000,
         capacity_from: 8_000,
-        peers: &[STATEFUL, Kind::FreeDiameter],
+        peers: &[STATEFUL, GATHERED_LONG, Kind::FreeDiameter],
+    },
+    Scenario {
+        name: "diameter-more",
+        title: "The same at three times the rate, near what freeDiameter can do",
+        unit: "transaction",
+        protocol: Protocol::Diameter,
+        load: DIAMETER,
+        equal_rate: 12_000,
+        capacity_from: 0,
+        peers: &[STATEFUL, GATHERED_LONG, Kind::FreeDiameter],
     },
     Scenario {
         name: "tcp-requests",
@@ -154,14 +154,28 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "tcp-idle",
-        title: "TCP: 10,000 idle connections",
+        title: "TCP: 9,000 idle connections",
         unit: "connection",
         protocol: Protocol::Tcp,
-        load: &["--kind", "idle", "--connections", "10000"],
+        load: &["--kind", "idle", "--connections", "9000"],
         equal_rate: 0,
         capacity_from: 0,
         peers: TCP_PEERS,
     },
+];
+
+const DIAMETER: &[&str] = &[
+    "--mix",
+    "gx=60,gy=20,s6a=20",
+    "--connections",
+    "8",
+    "--follow-host",
+    "--client-realm",
+    "clients.example.net",
+    "--settle",
+    "8s",
+    "--timeout",
+    "4s",
 ];
 
 /// What is told of latencies, at equal work and at shares of the capacity.
@@ -243,9 +257,7 @@ impl Run {
             .map(|(kind, own)| self.result(scenario, *kind, own, &samples[0]))
             .collect();
         print_table(scenario, &results);
-        if scenario.protocol == Protocol::Diameter {
-            print_latencies(&results);
-        }
+        print_shares(scenario, &results);
         let file = self.out.join(format!("{}.json", scenario.name));
         let all = json!({
             "scenario": scenario.name,
@@ -277,7 +289,8 @@ impl Run {
             let at = |percent: u32| {
                 let rate = capacity.0 * percent / 100;
                 let sample = self.sample(scenario, kind, rate);
-                let mut told = json!({ "percent": percent, "rate": rate });
+                let cpu_us = sample.cpu_us_per_unit(scenario);
+                let mut told = json!({ "percent": percent, "rate": rate, "cpu_us": cpu_us });
                 let mut tell = |name: &str, sample: &Sample| {
                     told[name] = QUANTILES.map(|quantile| sample.latency_us(quantile)).into();
                 };
@@ -435,28 +448,30 @@ fn print_table(scenario: &Scenario, results: &[Value]) {
     }
 }
 
-/// CPU time per 100,000, and latencies against those without a proxy.
-fn print_latencies(results: &[Value]) {
+/// At shares of each one's capacity: the CPU time, the work per second of CPU, and latencies (Diameter:
+/// against those without a proxy).
+fn print_shares(scenario: &Scenario, results: &[Value]) {
     let milliseconds = |list: &Value| {
         let each = list.as_array().into_iter().flatten().filter_map(Value::as_f64);
         each.map(|us| format!("{:>8.3}", us / 1_000.0)).collect::<Vec<_>>().join(" ")
     };
     for result in results {
-        let cpu = result["cpu_us"]["median"].as_f64().unwrap_or(0.0);
-        println!(
-            "  {}: {:.2} s of CPU per 100,000 transactions, {:.0} transactions per second of CPU",
-            result["proxy"].as_str().unwrap_or(""),
-            cpu / 10.0,
-            1e6 / cpu.max(1e-9)
-        );
         for at in result["latency_at_share_of_capacity"].as_array().into_iter().flatten() {
+            let cpu = at["cpu_us"].as_f64().unwrap_or(0.0);
+            let without = match &at["without_proxy_us"] {
+                Value::Null => String::new(),
+                list => format!("; without a proxy {}", milliseconds(list)),
+            };
             println!(
-                "    at {:>2} % ({:>6}/s)  {} = {} ms; without a proxy {}",
+                "  {:<22} at {:>2} % ({:>6}/s) {:>8.2} us CPU/{}, {:>7.0} of them per second of CPU; {} = {} ms{without}",
+                result["proxy"].as_str().unwrap_or(""),
                 at["percent"],
                 at["rate"],
+                cpu,
+                scenario.unit,
+                1e6 / cpu.max(1e-9),
                 QUANTILES.join(", "),
                 milliseconds(&at["quantiles_us"]),
-                milliseconds(&at["without_proxy_us"])
             );
         }
     }

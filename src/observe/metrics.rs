@@ -314,7 +314,7 @@ impl Metrics {
             pauses: counter(
                 &registry,
                 "strowger_worker_pauses_total",
-                "Pauses in which datagrams gather (node.rx_usecs)",
+                "Pauses in which messages gather (node.rx_usecs)",
                 &["worker"],
             ),
             registrations: counter(
@@ -918,7 +918,7 @@ impl WorkerMetrics {
         self.worst_lag.fetch_max(us, Ordering::Relaxed);
     }
 
-    /// The worker lets datagrams gather.
+    /// The worker lets messages gather.
     pub fn paused(&self) {
         self.pauses.inc();
     }

@@ -355,11 +355,16 @@ impl BindingTable {
         }
     }
 
+    /// The parts in which it is swept.
+    pub fn chunks(&self) -> usize {
+        (self.sessions.buckets_per_shard * BUCKET).div_ceil(SWEEP_SLOTS) * SHARDS
+    }
+
     /// Ends sessions of the next part of the table whose time is over, or whose holder is no good.
     pub fn sweep(&self, now: u32, chunks: usize, is_good: impl Fn(u32) -> bool) {
         let per_shard = self.sessions.buckets_per_shard * BUCKET;
-        let chunks_per_shard = per_shard.div_ceil(SWEEP_SLOTS);
-        for _ in 0..chunks.min(chunks_per_shard * SHARDS) {
+        let chunks_per_shard = self.chunks() / SHARDS;
+        for _ in 0..chunks.min(self.chunks()) {
             let turn = self.swept.fetch_add(1, Relaxed) as usize;
             let start = turn % chunks_per_shard * SWEEP_SLOTS;
             let mut over: Vec<Session> = Vec::new();

@@ -26,8 +26,17 @@ use super::table::{Learned, SessionTable};
 /// Events that wait for [`Core::tick`], at most; more are counted and dropped.
 const EVENTS_MAX: usize = 10_000;
 
-/// 4,096-slot parts of the session table that one tick sweeps.
+/// Parts of a table that one tick sweeps at most: it shall not hold its lock's others up.
 const SWEEP_CHUNKS: usize = 64;
+
+/// Ticks in which a table is swept once, unless it is too large: what expired is ended within two
+/// seconds or so, and looking at slots costs next to nothing.
+const SWEEP_TICKS: usize = 20;
+
+/// The parts that one tick sweeps of a table that has so many.
+pub(super) fn sweep_share(chunks: usize) -> usize {
+    chunks.div_ceil(SWEEP_TICKS).clamp(1, SWEEP_CHUNKS)
+}
 
 /// What a core is made with.
 #[derive(Clone, Debug)]
@@ -339,8 +348,8 @@ impl Core {
     /// 100 ms or so. What happened since the last time.
     pub fn tick(&self, now: Instant) -> Vec<CoreEvent> {
         let clock = self.clock(now);
-        self.table.sweep(seconds(clock), SWEEP_CHUNKS);
-        self.sweep_bindings(seconds(clock), SWEEP_CHUNKS);
+        self.table.sweep(seconds(clock), sweep_share(self.table.chunks()));
+        self.sweep_bindings(seconds(clock));
         let snapshot = self.snapshot.load_full();
         for pool in snapshot.pools() {
             for backend in pool.backends() {

@@ -11,7 +11,7 @@ use strowger_contract::{
     BackendId, BindingKey, Endpoint, LANE_ACCEPTED, Lanes, Link, PeerReport, SessionKey,
 };
 
-use super::core::{Core, seconds, whole_seconds};
+use super::core::{Core, seconds, sweep_share, whole_seconds};
 use super::events::Happening;
 use super::holders::Holder;
 use super::live::LiveChange;
@@ -187,8 +187,9 @@ impl Core {
         self.table().is_lost(session.keyed, seconds(now))
     }
 
-    pub(super) fn sweep_bindings(&self, now: u32, chunks: usize) {
+    pub(super) fn sweep_bindings(&self, now: u32) {
         let Some(bindings) = self.bindings() else { return };
+        let chunks = sweep_share(bindings.chunks());
         let holders = self.table().holders();
         bindings.sweep(now, chunks, |holder| holders.is_current(Holder::from_bits(holder)));
     }

@@ -298,11 +298,16 @@ impl SessionTable {
         !expired
     }
 
+    /// The parts in which it is swept.
+    pub fn chunks(&self) -> usize {
+        (self.buckets_per_shard * BUCKET).div_ceil(SWEEP_SLOTS) * SHARDS
+    }
+
     /// Clears what has expired in the next part of the table, `chunks` times 4,096 slots.
     pub fn sweep(&self, now: u32, chunks: usize) {
         let per_shard = self.buckets_per_shard * BUCKET;
-        let chunks_per_shard = per_shard.div_ceil(SWEEP_SLOTS);
-        for _ in 0..chunks.min(chunks_per_shard * SHARDS) {
+        let chunks_per_shard = self.chunks() / SHARDS;
+        for _ in 0..chunks.min(self.chunks()) {
             let turn = self.swept.fetch_add(1, Relaxed) as usize;
             let shard = turn / chunks_per_shard % SHARDS;
             let start = turn % chunks_per_shard * SWEEP_SLOTS;

@@ -320,7 +320,7 @@ impl Fleet {
         self.started
     }
 
-    /// For how long workers let datagrams gather where many come (`node.rx_usecs`); 0: not at all.
+    /// For how long workers let messages gather where many come (`node.rx_usecs`); 0: not at all.
     pub fn set_rx_usecs(&self, micros: u32) {
         self.pause_us.store(micros, Ordering::Relaxed);
     }

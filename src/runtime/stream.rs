@@ -612,6 +612,7 @@ impl<P: Protocol> Reader<P> {
             }
             Ok(())
         });
+        super::gather::came(now, turn);
         result.map(|()| used)
     }
 }

@@ -27,7 +27,7 @@ pub struct NodeSettings {
     pub sessions_max: usize,
     /// Room in the table of subscriber bindings, in sessions.
     pub bindings_max: usize,
-    /// Microseconds for which a worker lets datagrams gather where many come; 0: not at all.
+    /// Microseconds for which a worker lets messages gather where many come; 0: not at all.
     pub rx_usecs: u32,
 }
 

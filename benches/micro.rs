@@ -134,7 +134,7 @@ fn subscriber(number: u64) -> [BindingKey; 4] {
 #[divan::bench(sample_size = 1_000)]
 fn binding_lookup(bencher: Bencher<'_, '_>) {
     const SUBSCRIBERS: u64 = 200_000;
-    let table = BindingTable::new(1 << 18);
+    let table = BindingTable::new(1 << 18, strowger::runtime::prefer_large_pages);
     for number in 0..SUBSCRIBERS {
         table.bind(number + 1, &subscriber(number), 1, (0, 100), false, |_| true);
     }
@@ -150,7 +150,7 @@ fn binding_lookup(bencher: Bencher<'_, '_>) {
 /// A session of four names that begins and ends, among 200,000 others.
 #[divan::bench(sample_size = 1_000)]
 fn binding_begins_and_ends(bencher: Bencher<'_, '_>) {
-    let table = BindingTable::new(1 << 18);
+    let table = BindingTable::new(1 << 18, strowger::runtime::prefer_large_pages);
     for number in 0..200_000 {
         table.bind(number + 1, &subscriber(number), 1, (0, 100), false, |_| true);
     }

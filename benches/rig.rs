@@ -81,6 +81,7 @@ fn bare_core(now: Instant, sessions_max: usize) -> Arc<Core> {
             sessions_max,
             bindings_max: 1 << 16,
             workers: 1,
+            advise: strowger::runtime::prefer_large_pages,
         },
         now,
     )

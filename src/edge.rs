@@ -448,6 +448,7 @@ fn core_settings(loaded: &Loaded, random: &[u8; 56]) -> CoreSettings {
         sessions_max: loaded.node.sessions_max,
         bindings_max: loaded.node.bindings_max,
         workers: loaded.node.workers.unwrap_or(cores as u8),
+        advise: crate::runtime::prefer_large_pages,
     }
 }
 

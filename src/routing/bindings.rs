@@ -14,6 +14,7 @@ mod saved;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::memory::{Advise, filled};
 use strowger_contract::{BINDING_KEYS_MAX, BindingKey};
 
 /// Locks of each table. Far more than workers, so that two seldom meet.
@@ -85,10 +86,10 @@ struct Slots<S> {
 }
 
 impl<S: Slot> Slots<S> {
-    fn new(slots: usize) -> Self {
+    fn new(slots: usize, advise: Advise) -> Self {
         let slots = slots.max(SHARDS * BUCKET).next_power_of_two();
         let per_shard = slots / SHARDS;
-        let shards = (0..SHARDS).map(|_| Mutex::new(vec![S::default(); per_shard])).collect();
+        let shards = (0..SHARDS).map(|_| Mutex::new(filled(per_shard, advise))).collect();
         Self { shards, buckets_per_shard: per_shard / BUCKET }
     }
 
@@ -161,10 +162,10 @@ pub struct BindingTotals {
 impl BindingTable {
     /// Room for at least `sessions`, at [`BYTES_PER_BINDING`] each; rounded up to a power of two.
     #[must_use]
-    pub fn new(sessions: usize) -> Self {
+    pub fn new(sessions: usize, advise: Advise) -> Self {
         Self {
-            names: Slots::new(sessions * NAMES_PER_SESSION),
-            sessions: Slots::new(sessions),
+            names: Slots::new(sessions * NAMES_PER_SESSION, advise),
+            sessions: Slots::new(sessions, advise),
             swept: AtomicU64::new(0),
             live: AtomicU64::new(0),
             created: AtomicU64::new(0),
@@ -399,6 +400,7 @@ impl BindingTable {
 
 #[cfg(test)]
 mod tests {
+    use super::super::memory::no_advice;
     use super::*;
     use proptest::prelude::*;
     use std::collections::HashMap;
@@ -414,7 +416,7 @@ mod tests {
 
     #[test]
     fn names_live_as_long_as_one_of_their_sessions() {
-        let table = BindingTable::new(1_024);
+        let table = BindingTable::new(1_024, no_advice);
         let (imsi, one, two) = (name(1, false), name(2, true), name(3, true));
         let good = |_: u32| true;
         assert_eq!(table.bind(session(1), &[imsi, one], 10, (0, 100), false, good), 10);
@@ -432,7 +434,7 @@ mod tests {
 
     #[test]
     fn an_address_belongs_to_whoever_got_it_last() {
-        let table = BindingTable::new(1_024);
+        let table = BindingTable::new(1_024, no_advice);
         let (first, second, address) = (name(1, false), name(2, false), name(3, true));
         table.bind(session(1), &[first, address], 10, (0, 100), false, |_| true);
         table.bind(session(2), &[second, address], 11, (0, 100), false, |_| true);
@@ -446,7 +448,7 @@ mod tests {
 
     #[test]
     fn a_holder_that_is_no_good_is_not_followed() {
-        let table = BindingTable::new(1_024);
+        let table = BindingTable::new(1_024, no_advice);
         let imsi = name(1, false);
         table.bind(session(1), &[imsi], 10, (0, 100), false, |_| true);
         assert_eq!(table.bind(session(2), &[imsi], 11, (0, 100), false, |it| it != 10), 11);
@@ -458,7 +460,7 @@ mod tests {
 
     #[test]
     fn time_ends_what_nobody_ended() {
-        let table = BindingTable::new(1_024);
+        let table = BindingTable::new(1_024, no_advice);
         let (imsi, address) = (name(1, false), name(2, true));
         table.bind(session(1), &[imsi, address], 10, (0, 100), false, |_| true);
         table.keep(session(1), 200);
@@ -471,7 +473,7 @@ mod tests {
 
     #[test]
     fn memory_is_bounded_and_the_newest_stay() {
-        let table = BindingTable::new(512);
+        let table = BindingTable::new(512, no_advice);
         for number in 0..20_000 {
             let names = [name(number, false), name(number + 1_000_000, true)];
             let expiry = 100 + number as u32;
@@ -484,7 +486,7 @@ mod tests {
 
     #[test]
     fn of_two_workers_at_once_one_wins() {
-        let table = BindingTable::new(1 << 14);
+        let table = BindingTable::new(1 << 14, no_advice);
         let bound: Vec<Vec<u32>> = std::thread::scope(|scope| {
             let workers: Vec<_> = (0..2u32)
                 .map(|worker| {
@@ -509,7 +511,7 @@ mod tests {
         /// Against a model of sessions and their names.
         #[test]
         fn agrees_with_a_model(ops in prop::collection::vec((0u64..12, 0u64..6, 0u64..6, 0u32..3, 0u8..4), 1..200)) {
-            let table = BindingTable::new(1 << 12);
+            let table = BindingTable::new(1 << 12, no_advice);
             let mut sessions: HashMap<u64, (u64, u64)> = HashMap::new();
             let mut imsis: HashMap<u64, u32> = HashMap::new();
             let mut addresses: HashMap<u64, (u64, u32)> = HashMap::new();

@@ -16,6 +16,7 @@ use super::changes::{Changes, Moves, Named};
 use super::events::{CoreEvent, Happening, Plan};
 use super::flows::FlowNames;
 use super::live::{BackendLive, LiveChange};
+use super::memory::Advise;
 use super::names::PoolNames;
 use super::peers::Peers;
 use super::router::CoreRouter;
@@ -54,6 +55,8 @@ pub struct CoreSettings {
     pub bindings_max: usize,
     /// How many workers there are.
     pub workers: u8,
+    /// Told of the tables' memory before it is touched.
+    pub advise: Advise,
 }
 
 /// What all workers share.
@@ -99,7 +102,7 @@ impl Core {
             names: PoolNames::default(),
             snapshot: ArcSwap::from_pointee(snapshot),
             tokens: ArcSwap::from_pointee(settings.token_keys.clone()),
-            table: SessionTable::new(settings.sessions_max),
+            table: SessionTable::new(settings.sessions_max, settings.advise),
             bindings: OnceLock::new(),
             peers: Peers::default(),
             brownout: Brownout::default(),
@@ -249,7 +252,9 @@ impl Core {
     pub fn apply(&self, now: Instant, wanted: SnapshotSpec) -> Plan {
         let now = self.clock(now);
         if wanted.pools.iter().any(|pool| !pool.bind_places.is_empty()) {
-            self.bindings.get_or_init(|| BindingTable::new(self.settings.bindings_max));
+            self.bindings.get_or_init(|| {
+                BindingTable::new(self.settings.bindings_max, self.settings.advise)
+            });
         }
         let mut changes = self.changes();
         let pools_before: HashSet<String> =

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::holders::{Holder, Holders};
+use super::memory::{Advise, filled};
 use strowger_contract::{BackendId, ClassId};
 
 /// Locks. Far more than workers, so that two seldom meet.
@@ -120,12 +121,12 @@ struct Shard {
 impl SessionTable {
     /// Room for at least `sessions` slots, at 16 bytes each; rounded up to a power of two.
     #[must_use]
-    pub fn new(sessions: usize) -> Self {
+    pub fn new(sessions: usize, advise: Advise) -> Self {
         let slots = sessions.max(SHARDS * BUCKET).next_power_of_two();
         let per_shard = slots / SHARDS;
         Self {
             shards: (0..SHARDS)
-                .map(|_| Mutex::new(Shard { slots: vec![Slot::default(); per_shard] }))
+                .map(|_| Mutex::new(Shard { slots: filled(per_shard, advise) }))
                 .collect(),
             buckets_per_shard: per_shard / BUCKET,
             counts: SessionCounts::default(),
@@ -470,6 +471,7 @@ impl SessionCounts {
 
 #[cfg(test)]
 mod tests {
+    use super::super::memory::no_advice;
     use super::*;
     use proptest::prelude::*;
     use std::collections::HashMap;
@@ -483,7 +485,7 @@ mod tests {
         /// count is the number of its live entries.
         #[test]
         fn agrees_with_a_map(ops in prop::collection::vec((0u64..200, 0u32..5, 0u8..4, 1u32..50, 0u32..10), 1..400)) {
-            let table = SessionTable::new(1 << 14);
+            let table = SessionTable::new(1 << 14, no_advice);
             let mut model: HashMap<u64, (u32, bool, u32)> = HashMap::new();
             let mut now = 1_000;
             for (key, backend, op, ttl, step) in ops {
@@ -525,7 +527,7 @@ mod tests {
 
     #[test]
     fn a_flood_of_one_class_leaves_the_others() {
-        let table = SessionTable::new(1 << 12);
+        let table = SessionTable::new(1 << 12, no_advice);
         let calls = table.capacity() as u64 / 4;
         for key in 0..calls {
             assert_ne!(
@@ -549,7 +551,7 @@ mod tests {
 
     #[test]
     fn what_is_remembered_is_found_and_is_no_session() {
-        let table = SessionTable::new(1_024);
+        let table = SessionTable::new(1_024, no_advice);
         let (one, two, class) = (BackendId(1), BackendId(2), ClassId::SETUP);
         table.remember(7, one, class, 0, 60);
         assert_eq!((table.entry(7, 1), table.sessions_of(one)), (Some((one, true)), 0));
@@ -566,7 +568,7 @@ mod tests {
 
     #[test]
     fn a_restart_loses_a_backends_sessions_and_no_others() {
-        let table = SessionTable::new(1 << 10);
+        let table = SessionTable::new(1 << 10, no_advice);
         let (one, two) = (BackendId(1), BackendId(2));
         table.insert(77, one, ClassId::SETUP, 10, 100);
         table.insert(78, two, ClassId::SETUP, 10, 100);
@@ -582,7 +584,7 @@ mod tests {
 
     #[test]
     fn time_may_wrap() {
-        let table = SessionTable::new(1 << 10);
+        let table = SessionTable::new(1 << 10, no_advice);
         let late = TIME_MASK - 5;
         table.insert(77, BackendId(1), ClassId::SETUP, late, 10);
         assert!(table.get(77, late + 9).is_some());

@@ -55,4 +55,6 @@ pub use handover::is_item;
 pub use launch::{Launch, launcher};
 pub use resolve::{Answer, Reply, Resolver};
 #[doc(hidden)]
+pub use sys::prefer_large_pages;
+#[doc(hidden)]
 pub use websocket::websocket_messages;

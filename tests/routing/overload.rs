@@ -187,6 +187,7 @@ impl World {
             sessions_max: 1 << 10,
             bindings_max: 16,
             workers: WORKERS,
+            advise: strowger::routing::no_advice,
         };
         let core = Core::new(settings, start);
         let backends =

@@ -102,6 +102,7 @@ impl World {
                 sessions_max: 1 << 14,
                 bindings_max: 1 << 12,
                 workers: 1,
+                advise: strowger::routing::no_advice,
             },
             start,
         );

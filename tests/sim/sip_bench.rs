@@ -66,6 +66,7 @@ impl Bench {
                 sessions_max: 1 << 12,
                 bindings_max: 0,
                 workers: 1,
+                advise: strowger::routing::no_advice,
             },
             start,
         );

@@ -178,6 +178,7 @@ impl World {
                 sessions_max: 1 << 12,
                 bindings_max: 1 << 12,
                 workers: 2,
+                advise: strowger::routing::no_advice,
             },
             start,
         );

@@ -32,6 +32,7 @@ impl<P: Protocol> Rig<P> {
                 sessions_max: 1 << 14,
                 bindings_max: 1 << 12,
                 workers,
+                advise: strowger::routing::no_advice,
             },
             now,
         );

@@ -59,11 +59,13 @@ impl SessionTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::routing::no_advice;
     use strowger_contract::BackendId;
 
     #[test]
     fn what_is_saved_is_there_in_a_table_of_another_size() {
-        let (old, new) = (SessionTable::new(1 << 12), SessionTable::new(1 << 14));
+        let (old, new) =
+            (SessionTable::new(1 << 12, no_advice), SessionTable::new(1 << 14, no_advice));
         let spread = |key: u64| (key + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         for key in 0..1_000 {
             let (backend, class) = (BackendId(key as u32 % 7), ClassId(key as u8 % 6));

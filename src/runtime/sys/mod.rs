@@ -11,6 +11,7 @@ mod watched;
 
 pub(crate) use handover::{default_signals, place_for_exec};
 pub(crate) use icmp::{SendError, keep_errors, next_error};
+pub use memory::prefer_large_pages;
 pub(crate) use memory::return_memory;
 pub(crate) use mmsg::{RecvBatch, SendBatch};
 #[cfg(feature = "sctp")]

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hashbrown::Equivalent;
-use strowger_contract::BackendId;
+use strowger_contract::{BackendId, NumberMap};
 
 use super::live::BackendLive;
 use super::snapshot::{PoolLive, Snapshot};
@@ -141,7 +141,7 @@ impl Changes {
         }
     }
 
-    pub(super) fn superseded(&self) -> HashMap<BackendId, SocketAddr> {
+    pub(super) fn superseded(&self) -> NumberMap<BackendId, SocketAddr> {
         let lost = self.known.values().filter(|known| known.live.is_superseded());
         lost.map(|known| (known.id, known.spec.address)).collect()
     }

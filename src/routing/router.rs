@@ -1,14 +1,13 @@
 //! The decision: where does this message go?
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, BackendView, BindingKey, Class, ClassId, Endpoint, FlowId, Keyer, Link, Outcome,
-    PeerReport, Pin, PoolId, PoolLoad, Query, Rate, Refusal, RouteReason, Router, SessionKey,
-    Ticket, Token, TokenKeys, Verdict, WorkerId,
+    BackendId, BackendView, BindingKey, Class, ClassId, Endpoint, FlowId, Keyer, Link, NumberMap,
+    Outcome, PeerReport, Pin, PoolId, PoolLoad, Query, Rate, Refusal, RouteReason, Router,
+    SessionKey, Ticket, Token, TokenKeys, Verdict, WorkerId,
 };
 
 use super::balance::{Dice, rendezvous_score};
@@ -27,11 +26,11 @@ pub struct CoreRouter {
     tokens: Arc<TokenKeys>,
     pub(super) dice: Dice,
     /// What this worker has in flight: given back if its engine dies.
-    pub(super) ledger: HashMap<BackendId, u32>,
-    pub(super) turns: HashMap<BackendId, i64>,
+    pub(super) ledger: NumberMap<BackendId, u32>,
+    pub(super) turns: NumberMap<BackendId, i64>,
     /// Where others tell what became of requests that wait.
     pub(super) desk: Arc<Desk>,
-    pub(super) waiting: HashMap<u64, Waiting>,
+    pub(super) waiting: NumberMap<u64, Waiting>,
     pub(super) news: Vec<(u64, Settled)>,
     /// When the first of `waiting` must be looked at, in microseconds of the core's clock.
     pub(super) soonest: Option<u64>,
@@ -47,10 +46,10 @@ impl CoreRouter {
             snapshot,
             tokens,
             dice,
-            ledger: HashMap::new(),
-            turns: HashMap::new(),
+            ledger: NumberMap::default(),
+            turns: NumberMap::default(),
             desk: Arc::default(),
-            waiting: HashMap::new(),
+            waiting: NumberMap::default(),
             news: Vec::new(),
             soonest: None,
             tickets: 0,

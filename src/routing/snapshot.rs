@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use strowger_contract::{BackendId, Class, ClassId, Pin, PoolId, stable_hash};
+use strowger_contract::{BackendId, Class, ClassId, NumberMap, Pin, PoolId, stable_hash};
 
 use super::balance::{MAGLEV_FROM, Maglev};
 use super::live::{BackendLive, identity_hash};
@@ -28,11 +28,11 @@ pub struct Snapshot {
     pub listeners: Vec<Arc<ListenerSpec>>,
     /// By [`PoolId`].
     pub(super) pools: Vec<Option<Arc<Pool>>>,
-    pub(super) pins: HashMap<Pin, Arc<Backend>>,
-    pub(super) backends: HashMap<BackendId, Arc<Backend>>,
+    pub(super) pins: NumberMap<Pin, Arc<Backend>>,
+    pub(super) backends: NumberMap<BackendId, Arc<Backend>>,
     pub(super) addresses: HashMap<SocketAddr, BackendId>,
     /// Backends whose address another instance took, and that address.
-    pub(super) superseded: HashMap<BackendId, SocketAddr>,
+    pub(super) superseded: NumberMap<BackendId, SocketAddr>,
 }
 
 /// A pool in a snapshot.

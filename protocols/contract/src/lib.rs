@@ -42,6 +42,7 @@ pub mod handover;
 pub mod ids;
 pub mod message;
 pub mod network;
+pub mod numbers;
 pub mod outbox;
 pub mod protocol;
 pub mod query;
@@ -61,6 +62,7 @@ pub use facts::{Certificate, Credentials, Intake, Opened, Peek, PeerFacts, Proxi
 pub use framing::{DatagramFramer, FrameError, Framer, Framing};
 pub use ids::{BackendId, ClassId, FlowId, Pin, PoolId, Ticket, WorkerId};
 pub use message::{CloseCause, Endpoint, LANE_ACCEPTED, LANES_MAX, Message, PeerChange, Transport};
+pub use numbers::NumberMap;
 pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
 pub use protocol::{
     ClassRule, Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope,

@@ -1,13 +1,13 @@
 //! The relay of one worker: what comes in goes to peers' upkeep or on its way.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    BackendId, ClassRule, Context, Endpoint, Engine, FlowId, Message, Opened, Outbox, Outcome,
-    PeerChange, PoolId, Refusal, Route, Router, Ticket, Wheel, WorkerId,
+    BackendId, ClassRule, Context, Endpoint, Engine, FlowId, Message, NumberMap, Opened, Outbox,
+    Outcome, PeerChange, PoolId, Refusal, Route, Router, Ticket, Wheel, WorkerId,
 };
 
 use crate::Diameter;
@@ -193,11 +193,11 @@ impl Settings {
 /// The relay of one worker.
 pub struct DiameterEngine {
     pub(crate) settings: Settings,
-    pub(crate) clients: HashMap<FlowId, Peer>,
+    pub(crate) clients: NumberMap<FlowId, Peer>,
     /// Links to backends that are here, by `Endpoint::link`.
-    pub(crate) backends: HashMap<(BackendId, u8), Peer>,
+    pub(crate) backends: NumberMap<(BackendId, u8), Peer>,
     /// Those of them that are open, a bit each.
-    pub(crate) lanes_here: HashMap<BackendId, u32>,
+    pub(crate) lanes_here: NumberMap<BackendId, u32>,
     /// Counts requests over links of which there are several.
     pub(crate) turn: u32,
     pub(crate) pending: Pendings,
@@ -209,7 +209,7 @@ pub struct DiameterEngine {
     pub(crate) lower: Vec<u8>,
     pub(crate) changes: Changes,
     /// Requests that the router lets wait.
-    pub(crate) waiting: HashMap<Ticket, Box<Pending>>,
+    pub(crate) waiting: NumberMap<Ticket, Box<Pending>>,
     pub(crate) reports: Reports,
     pub(crate) redirects: Redirects,
     pub(crate) duplicates: Duplicates,
@@ -226,9 +226,9 @@ impl DiameterEngine {
         Self {
             changes: settings.changes(),
             settings,
-            clients: HashMap::new(),
-            backends: HashMap::new(),
-            lanes_here: HashMap::new(),
+            clients: NumberMap::default(),
+            backends: NumberMap::default(),
+            lanes_here: NumberMap::default(),
             turn: 0,
             pending: Pendings::new(context.worker),
             wheel: None,
@@ -237,7 +237,7 @@ impl DiameterEngine {
             end_to_end: context.started << 20 | (context.seed as u32 & 0x000f_ffff),
             draining: false,
             lower: Vec::new(),
-            waiting: HashMap::new(),
+            waiting: NumberMap::default(),
             reports: Reports::default(),
             redirects: Redirects::default(),
             duplicates: Duplicates::default(),

@@ -1,12 +1,14 @@
 //! What goes to another process: peers as they stand, requests under way, and what servers told of
 //! their load. Answers that were kept for resent requests, rates and the peers' clocks begin anew.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use strowger_contract::handover::{Broken, read, write};
-use strowger_contract::{BackendId, Endpoint, FlowId, Link, Message, Outbox, Router, Transport};
+use strowger_contract::{
+    BackendId, Endpoint, FlowId, Link, Message, NumberMap, Outbox, Router, Transport,
+};
 
 use crate::engine::DiameterEngine;
 use crate::overload::Reports;
@@ -16,8 +18,8 @@ use crate::pending::{Pending, TRIES_MAX};
 /// Borrowed where it is written, owned where it is read; the same bytes.
 #[derive(Serialize)]
 struct Saved<'a> {
-    clients: &'a HashMap<FlowId, Peer>,
-    backends: &'a HashMap<(BackendId, u8), Peer>,
+    clients: &'a NumberMap<FlowId, Peer>,
+    backends: &'a NumberMap<(BackendId, u8), Peer>,
     pending: Vec<(u32, &'a Pending)>,
     waiting: Vec<&'a Pending>,
     reports: &'a Reports,
@@ -27,8 +29,8 @@ struct Saved<'a> {
 
 #[derive(Deserialize)]
 struct Restored {
-    clients: HashMap<FlowId, Peer>,
-    backends: HashMap<(BackendId, u8), Peer>,
+    clients: NumberMap<FlowId, Peer>,
+    backends: NumberMap<(BackendId, u8), Peer>,
     pending: Vec<(u32, Pending)>,
     waiting: Vec<Pending>,
     reports: Reports,

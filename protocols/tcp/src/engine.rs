@@ -1,6 +1,6 @@
 //! Which backend a flow is joined to.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,8 @@ use strowger_contract::network::source_name;
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
     BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message,
-    Note, Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query, Refusal, RequestOutcome,
-    Route, Router, SessionKey, Ticket, Verdict,
+    Note, NumberMap, Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query, Refusal,
+    RequestOutcome, Route, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::options::{Relay, TcpMatch};
@@ -55,8 +55,8 @@ pub struct TcpEngine {
     prefixes: (u8, u8),
     backpressure: Duration,
     pool: Option<PoolId>,
-    flows: HashMap<FlowId, Flow>,
-    waiting: HashMap<Ticket, FlowId>,
+    flows: NumberMap<FlowId, Flow>,
+    waiting: NumberMap<Ticket, FlowId>,
     /// Flows that wait because of `backpressure`, the oldest first; while there are any, the
     /// listener takes no more.
     parked: VecDeque<FlowId>,
@@ -90,8 +90,8 @@ impl TcpEngine {
             limits,
             routes,
             pool: context.scope.pool,
-            flows: HashMap::new(),
-            waiting: HashMap::new(),
+            flows: NumberMap::default(),
+            waiting: NumberMap::default(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Which backend a flow has.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -8,8 +8,8 @@ use strowger_contract::handover::{Broken, moment, read, write};
 use strowger_contract::network::source_name;
 use strowger_contract::{
     BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, Message, Note,
-    Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router, SessionKey,
-    Ticket, Verdict,
+    NumberMap, Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router,
+    SessionKey, Ticket, Verdict,
 };
 
 use crate::flows::{Client, Flow, Flows};
@@ -59,7 +59,7 @@ pub struct UdpEngine {
     classify: Vec<ClassRule<ReadyMatch>>,
     pool: Option<PoolId>,
     flows: Flows,
-    waiting: HashMap<Ticket, u32>,
+    waiting: NumberMap<Ticket, u32>,
     kept_bytes: usize,
     /// When what flows keep is given up, by number and birth.
     kept: VecDeque<(Instant, u32, u64)>,
@@ -84,7 +84,7 @@ impl UdpEngine {
             classify: scope.classify.iter().map(rule).collect(),
             pool: scope.pool,
             flows: Flows::default(),
-            waiting: HashMap::new(),
+            waiting: NumberMap::default(),
             kept_bytes: 0,
             kept: VecDeque::new(),
         }

@@ -15,15 +15,15 @@ pub struct NumberHasher(u64);
 
 impl NumberHasher {
     fn take(&mut self, number: u64) {
-        self.0 = (self.0.rotate_left(5) ^ number).wrapping_mul(FACTOR);
+        self.0 = self.0.rotate_left(5).wrapping_mul(FACTOR) ^ number;
     }
 }
 
 impl Hasher for NumberHasher {
     fn finish(&self) -> u64 {
-        // The product's upper bits depend on all of the number, its lower ones on little; maps take
-        // their places from the lower.
-        self.0.rotate_left(26)
+        // The upper half of the product depends on the number's upper bits, the lower half on its lower.
+        let product = u128::from(self.0) * u128::from(FACTOR);
+        (product >> 64) as u64 ^ product as u64
     }
 
     fn write(&mut self, bytes: &[u8]) {

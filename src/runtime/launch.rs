@@ -264,6 +264,7 @@ fn start<P: Protocol>(place: Place) -> io::Result<Rc<dyn RunningListener>> {
     guard(&broken, spawn_lasting(&host, Rc::clone(&host).keep_time()));
     guard(&broken, spawn(&host, read_mail(Rc::clone(&host))));
     guard(&broken, spawn_lasting(&host, Rc::clone(&host).take_grants()));
+    guard(&broken, spawn_lasting(&host, Rc::clone(&host).write_later()));
     guard(&broken, spawn_lasting(&host, Rc::clone(&host).follow_brownout()));
     if P::LINKS == Links::Single {
         guard(&broken, spawn(&host, keep_links(Rc::clone(&host), links)));

@@ -25,6 +25,9 @@ use crate::runtime::stream::Connection;
 /// engine that answers every closed link by a send to a closed link would go round for ever.
 const SETTLE_ROUNDS_MAX: usize = 100_000;
 
+/// Bytes for one stream that do not wait for the others.
+const WRITTEN_AT_ONCE: usize = 64 * 1_024;
+
 /// Engine calls whose wishes are carried out together.
 pub(crate) struct Batch<'a, P: Protocol> {
     pub(super) host: &'a Rc<Host<P>>,
@@ -221,8 +224,7 @@ impl<P: Protocol> Batch<'_, P> {
                 if self.take_grants() {
                     continue;
                 }
-                // What another worker sent for a connection of ours came without an engine's wish.
-                return self.write_streams();
+                return self.write_streams_later();
             };
             self.tell(peer, change);
         }
@@ -466,6 +468,9 @@ impl<P: Protocol> Batch<'_, P> {
         let Connection { local, remote, transport, .. } = **connection;
         self.state.tap.see(self.now, Direction::Out, transport, local, remote, bytes);
         self.state.metrics.sent(1, 0);
+        if connection.queued() > WRITTEN_AT_ONCE {
+            return self.host.write_in(self.state, connection);
+        }
         if !connection.dirty.replace(true) {
             self.state.dirty.push(Rc::clone(connection));
         }
@@ -497,13 +502,16 @@ impl<P: Protocol> Batch<'_, P> {
             Endpoint::Outward(number) => return self.state.outwards.close(number),
         };
         if let Some(connection) = connection {
+            if how == Closing::Reset && connection.dirty.get() {
+                self.host.write_in(self.state, &connection);
+            }
             connection.close(how, CloseCause::Local);
         }
     }
 
-    /// One write per connection and one batch per socket, whatever the engine wanted of them.
+    /// One batch per datagram socket, whatever the engine wanted of it. Streams have their turn when all
+    /// that is ready was read: see [`Host::write_later`].
     fn flush(&mut self, out: &Outbox) {
-        self.write_streams();
         for port in self.host.ports.iter().flatten() {
             self.flush_port(port, out);
         }
@@ -521,9 +529,15 @@ impl<P: Protocol> Batch<'_, P> {
         }
     }
 
-    fn write_streams(&mut self) {
-        while let Some(connection) = self.state.dirty.pop() {
-            self.host.write_in(self.state, &connection);
+    fn write_streams_later(&mut self) {
+        if self.state.dirty.is_empty() || self.state.write_is_due {
+            return;
         }
+        if self.host.stop.is_cancelled() {
+            // Nobody comes later.
+            return self.host.write_dirty(self.state);
+        }
+        self.state.write_is_due = true;
+        self.host.written.notify_one();
     }
 }

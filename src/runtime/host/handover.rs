@@ -43,6 +43,8 @@ impl<P: Protocol> Host<P> {
     /// Writes out all that this listener has on this worker. Nothing changes by it; `None` if the
     /// protocol knows no hand-over.
     pub(crate) fn save(&self, giver: &Giver) -> io::Result<Option<Bridges>> {
+        // What is queued after this is the new process's to write.
+        self.write_dirty(&mut self.cell.borrow_mut());
         let state = self.cell.borrow();
         let Some(saved) = by_clock(clock(), || state.engine.save()) else { return Ok(None) };
         let unix_clients = self.shared.unix_clients.load(Ordering::Relaxed);

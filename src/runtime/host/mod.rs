@@ -9,6 +9,7 @@ mod flows;
 mod handover;
 mod outward;
 mod parking;
+mod writing;
 
 use std::cell::{Cell, RefCell, RefMut};
 use std::collections::{HashMap, VecDeque};
@@ -75,6 +76,8 @@ pub(crate) struct Host<P: Protocol> {
     lot: RefCell<Lot>,
     pub(crate) pipes: RefCell<Pipes>,
     timer: Notify,
+    /// Streams have something to write.
+    written: Notify,
     /// Told by any worker when a waiting request of this one's was settled.
     granted: Arc<Notify>,
     armed: Cell<Option<Instant>>,
@@ -112,7 +115,9 @@ pub(crate) struct State<P: Protocol> {
     /// What the engine is yet to hear.
     news: VecDeque<(Endpoint, PeerChange)>,
     answers: VecDeque<(LookupId, Answer)>,
+    /// Streams that have something to write, and whether [`Host::write_later`] was told.
     dirty: Vec<Rc<Connection>>,
+    write_is_due: bool,
     dials: Vec<Dial>,
     /// Idle flows that the engine wants closed.
     unparked: Vec<(u32, Closing)>,
@@ -181,6 +186,7 @@ impl<P: Protocol> Host<P> {
             news: VecDeque::new(),
             answers: VecDeque::new(),
             dirty: Vec::new(),
+            write_is_due: false,
             dials: Vec::new(),
             unparked: Vec::new(),
             grants: Vec::new(),
@@ -204,6 +210,7 @@ impl<P: Protocol> Host<P> {
             lot: RefCell::default(),
             pipes: RefCell::default(),
             timer: Notify::new(),
+            written: Notify::new(),
             granted,
             armed: Cell::new(None),
             queued_bytes_max: Cell::new(spec.limits.queued_bytes),
@@ -264,27 +271,6 @@ impl<P: Protocol> Host<P> {
     /// Tells the engine of a change, and the worker's other parts of its wishes.
     pub(crate) fn tell(self: &Rc<Self>, peer: Endpoint, change: PeerChange) {
         self.batch(Instant::now(), |batch| batch.tell(peer, change));
-    }
-
-    /// Writes a connection's queue outside of a batch.
-    pub(crate) fn write(&self, connection: &Rc<Connection>) {
-        let mut state = self.cell.borrow_mut();
-        self.write_in(&mut state, connection);
-    }
-
-    fn write_in(&self, state: &mut State<P>, connection: &Rc<Connection>) {
-        let progress = connection.write(first_message::<P>);
-        if progress.written > 0 {
-            state.metrics.sent(0, progress.written as u64);
-        }
-        if let Some((backend, _)) = connection.endpoint.as_link() {
-            let limit = self.queued_bytes_max.get();
-            let congested = connection.congested.get();
-            if !congested && progress.queued > limit || congested && progress.queued < limit / 2 {
-                connection.congested.set(!congested);
-                self.shared.core.set_congested(backend, !congested);
-            }
-        }
     }
 
     /// Tells the engines of what ICMP said of datagrams that they sent: at once, where a transaction's

@@ -7,7 +7,7 @@ use strowger_contract::{
     AttemptOutcome, CallPhase, ClassId, CloseCause, Endpoint, Note, Transport,
 };
 
-use crate::sip_bench::{Bench, CLIENT, backend, header, remote, request, starts, three};
+use crate::sip_bench::{Bench, CLIENT, answer, backend, header, remote, request, starts, three};
 
 #[test]
 fn a_call_holds_a_slot_from_its_2xx_to_its_bye_and_is_recorded() {
@@ -122,7 +122,10 @@ fn a_call_whose_bye_is_lost_ends_with_its_session_timer() {
     bench.core.tick(bench.start + bench.at);
     assert_eq!(bench.held(), 1);
     bench.passes(Duration::from_secs(3));
-    bench.core.tick(bench.start + bench.at);
+    // A tick sweeps a part of the table.
+    for _ in 0..20 {
+        bench.core.tick(bench.start + bench.at);
+    }
     assert_eq!(bench.held(), 0);
     let ended = bench.notes.iter().any(|note| {
         matches!(note, Note::Call(record) if record.end.is_some_and(|end| end.cause == "session_expired"))
@@ -527,4 +530,36 @@ fn attempts_are_counted_by_how_they_came_out() {
         ]
     );
     bench.rests();
+}
+
+/// RFC 3261 17.1.3: an answer is one to a request if it has its whole branch and its method. The numbers in
+/// a branch can be guessed from any other; its signature cannot.
+#[test]
+fn answers_with_a_guessed_branch_or_another_method_are_nobodys() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let invite = sent.last().expect("it went on").clone();
+    let stranger: std::net::SocketAddr = "192.0.2.66:4444".parse().expect("an address");
+    let good = answer(&invite.1, "200 OK", "");
+    let branch = header(&invite.1, "Via").split("branch=").nth(1).expect("a branch").to_owned();
+    let mut guessed = branch.clone().into_bytes();
+    let last = guessed.last_mut().expect("a byte");
+    *last = if *last == b'A' { b'B' } else { b'A' };
+    let guessed = String::from_utf8(guessed).expect("text");
+    for forged in [good.replace(&branch, &guessed), good.replace("INVITE\r\n", "UPDATE\r\n")] {
+        assert!(bench.gets(stranger, &forged).is_empty(), "it passed: {forged}");
+    }
+    let dropped = bench.notes.iter().filter(|note| format!("{note:?}").contains("response_forged"));
+    assert_eq!(dropped.count(), 2, "{:?}", bench.notes);
+    let answered = bench.gets(stranger, &good);
+    assert_eq!(starts(&answered), ["200"], "the whole branch is what counts");
+}
+
+/// A method that only ends like another is another.
+#[test]
+fn the_answer_to_a_method_that_ends_in_cancel_comes_back() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
+    let sent = bench.client(&request("XCANCEL", "c1", ""));
+    let answered = bench.answers(sent.last().expect("it went on"), "200 OK", "");
+    assert_eq!(starts(&answered), ["200"]);
 }

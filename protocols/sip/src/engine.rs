@@ -238,8 +238,9 @@ impl SipEngine {
     /// Whether a response is to a request that was hidden on its way from the one side to the other.
     fn crossed(&mut self, message: &[u8], scan: &Scan) -> bool {
         let via = scan.value(message, Name::Via).and_then(Via::first);
-        let branch = via.and_then(|(via, _)| via.branch()).and_then(Branch::read);
-        let (Some((branch, _)), Some(hiding)) = (branch, &self.settings.options.topology_hiding)
+        let text = via.and_then(|(via, _)| via.branch()).unwrap_or_default();
+        let (Some((branch, _)), Some(hiding)) =
+            (Branch::read(text), &self.settings.options.topology_hiding)
         else {
             return false;
         };
@@ -252,7 +253,9 @@ impl SipEngine {
                 let from_backend = known.from_backend;
                 known.leg(branch.attempt).is_some_and(|leg| {
                     let to_instance = leg.backend.is_some();
-                    to_instance != from_backend && hiding.hides(to_instance)
+                    leg.is_answered_by(text)
+                        && to_instance != from_backend
+                        && hiding.hides(to_instance)
                 })
             }
             _ => goes_back_inside(message, scan),

@@ -17,6 +17,7 @@ use strowger_contract::{TokenKeys, Transport};
 use crate::engine::Settings;
 use crate::method::Method;
 use crate::place::NextHop;
+use crate::responses::cseq_method;
 use crate::scan::{Header, Name, Scan, Start, lines};
 use crate::target::Target;
 use crate::uri::{Uri, name_addr, parameter};
@@ -176,7 +177,7 @@ impl<'a> Edit<'a> {
 }
 
 fn is_register(message: &[u8], scan: &Scan) -> bool {
-    scan.value(message, Name::CSeq).is_some_and(|cseq| cseq.ends_with(b"REGISTER"))
+    cseq_method(scan, message) == b"REGISTER"
 }
 
 /// Writes a request, as it would go out, without what its receiver shall not see. Its first Via is ours,

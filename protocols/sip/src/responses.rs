@@ -8,6 +8,7 @@ use strowger_contract::{ClassId, Endpoint, Message, Note, Outbox, Router, Transp
 
 use crate::branch::Branch;
 use crate::engine::SipEngine;
+use crate::method::Method;
 use crate::scan::{Name, Scan};
 use crate::transaction::Cancel;
 use crate::via::Via;
@@ -25,8 +26,8 @@ pub(crate) fn on_response(
 ) {
     let bytes = message.bytes;
     let via = scan.value(bytes, Name::Via).and_then(Via::first);
-    let branch = via.and_then(|(via, _)| via.branch()).and_then(Branch::read);
-    let Some((branch, token)) = branch else {
+    let text = via.and_then(|(via, _)| via.branch()).unwrap_or_default();
+    let Some((branch, token)) = Branch::read(text) else {
         return out.drop_message("response_not_ours");
     };
     let for_cancel = is_for_cancel(scan, bytes);
@@ -39,8 +40,15 @@ pub(crate) fn on_response(
         if branch.worker != engine.settings.worker && branch.worker.0 < engine.settings.workers {
             return out.hand_over(branch.worker, message);
         }
+        let asked = Method::of(cseq_method(scan, bytes));
         let known = engine.transactions.current(branch.slot, branch.generation);
-        if let Some(leg) = known.and_then(|known| known.leg(branch.attempt)) {
+        if let Some(known) = known
+            && let method = known.method
+            && let Some(leg) = known.leg(branch.attempt)
+        {
+            if !leg.is_answered_by(text) || asked != method && !for_cancel {
+                return out.drop_message("response_forged");
+            }
             let backend = leg.backend;
             if for_cancel {
                 // Our CANCEL was heard: it need not be repeated.
@@ -158,7 +166,13 @@ fn via_transport(via: &Via<'_>) -> Transport {
     }
 }
 
+/// The method of its CSeq: the word behind the last space.
+pub(crate) fn cseq_method<'a>(scan: &Scan, bytes: &'a [u8]) -> &'a [u8] {
+    let cseq = scan.value(bytes, Name::CSeq).unwrap_or_default().trim_ascii();
+    cseq.rsplit(|byte| byte.is_ascii_whitespace()).next().unwrap_or_default()
+}
+
 /// Responses to our own CANCEL carry the INVITE's branch; they end here.
 fn is_for_cancel(scan: &Scan, bytes: &[u8]) -> bool {
-    scan.value(bytes, Name::CSeq).is_some_and(|cseq| cseq.ends_with(b"CANCEL"))
+    cseq_method(scan, bytes) == b"CANCEL"
 }

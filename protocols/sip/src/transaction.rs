@@ -13,6 +13,7 @@ use strowger_contract::{
 
 use crate::calls::DialogKey;
 use crate::method::Method;
+use crate::via::Via;
 
 /// How many legs one request may have in all: forks, fail-overs, redirections. With it, a request
 /// that comes in once goes out at most so many times, each repeated by RFC 3261's timers only.
@@ -98,6 +99,20 @@ pub(crate) struct Leg {
 }
 
 impl Leg {
+    /// The branch that the request went out with: of the first Via, which is ours.
+    pub(crate) fn branch(&self) -> Option<&[u8]> {
+        let at = memchr::memmem::find(&self.sent, b"\nVia: SIP/2.0/")?;
+        let line = &self.sent[at + b"\nVia: ".len()..];
+        let line = &line[..memchr::memchr(b'\r', line)?];
+        Via::first(line)?.0.branch()
+    }
+
+    /// Whether an answer is to what was sent here (RFC 3261 17.1.3): the whole branch with its signature,
+    /// not only the numbers in it, which whoever saw one can guess.
+    pub(crate) fn is_answered_by(&self, branch: &[u8]) -> bool {
+        self.branch() == Some(branch)
+    }
+
     /// Whether its answer is still waited for.
     pub(crate) fn is_pending(&self) -> bool {
         self.state != LegState::Ended && !self.abandoned

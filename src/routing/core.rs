@@ -328,6 +328,7 @@ impl Core {
                     collisions.push((other.pool_name.to_string(), other.spec.id.clone()));
                 }
                 snapshot.addresses.insert(backend.spec.address, backend.id);
+                snapshot.ips.insert(backend.spec.address.ip());
                 snapshot.backends.insert(backend.id, Arc::clone(&backend));
                 backends.push(backend);
             }

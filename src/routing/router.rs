@@ -1,6 +1,6 @@
 //! The decision: where does this message go?
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -364,6 +364,10 @@ impl Router for CoreRouter {
 
     fn backend_at(&self, address: SocketAddr) -> Option<BackendId> {
         self.snapshot.addresses.get(&address).copied()
+    }
+
+    fn is_backend_ip(&self, ip: IpAddr) -> bool {
+        self.snapshot.ips.contains(&ip)
     }
 
     fn capabilities(&self, pool: PoolId, each: &mut dyn FnMut(u32)) {

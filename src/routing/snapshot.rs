@@ -1,7 +1,7 @@
 //! One immutable picture of pools, backends, classes and listeners.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -31,6 +31,8 @@ pub struct Snapshot {
     pub(super) pins: NumberMap<Pin, Arc<Backend>>,
     pub(super) backends: NumberMap<BackendId, Arc<Backend>>,
     pub(super) addresses: HashMap<SocketAddr, BackendId>,
+    /// Their IP addresses.
+    pub(super) ips: HashSet<IpAddr>,
     /// Backends whose address another instance took, and that address.
     pub(super) superseded: NumberMap<BackendId, SocketAddr>,
 }

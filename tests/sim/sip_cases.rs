@@ -563,3 +563,64 @@ fn the_answer_to_a_method_that_ends_in_cancel_comes_back() {
     let answered = bench.answers(sent.last().expect("it went on"), "200 OK", "");
     assert_eq!(starts(&answered), ["200"]);
 }
+
+/// A client that has a dialog and swaps its tags looks like the other side. It reaches the instance with
+/// that, which knows no such dialog, and nobody else.
+#[test]
+fn a_client_that_swaps_its_tags_is_no_instance() {
+    let trusted = json!({"trusted": ["10.0.0.0/8"]});
+    let mut bench = Bench::new(trusted, "", vec![backend(1, None)]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let answered = bench.answers(sent.last().expect("it went on"), "200 OK", "");
+    let route = header(&answered[0].1, "Record-Route").to_owned();
+    let swapped = |call: &str| {
+        request(
+            "MESSAGE",
+            call,
+            &format!("Route: {route}\r\nP-Asserted-Identity: <sip:boss@x>\r\n"),
+        )
+        .replace("sip:bob@example.net SIP", "sip:victim@203.0.113.9:5060 SIP")
+        .replace("From: <sip:alice@example.net>;tag=a", "From: <sip:alice@example.net>;tag=x")
+        .replace("To: <sip:bob@example.net>", "To: <sip:bob@example.net>;tag=a")
+    };
+    let sent = bench.client(&swapped("c1"));
+    assert_eq!(starts(&sent), ["MESSAGE"]);
+    assert_eq!(remote(sent[0].0).to_string(), "10.0.0.1:5060", "{sent:?}");
+    assert!(!sent[0].1.contains("P-Asserted-Identity"), "it asserts: {}", sent[0].1);
+    // From another port of the instance it is the instance's.
+    let from = "10.0.0.1:40000".parse().expect("an address");
+    let again = swapped("c1").replace("-MESSAGE", "-MESSAGE-2");
+    let sent = bench.gets(from, &again);
+    assert_eq!(remote(sent[0].0).to_string(), "203.0.113.9:5060", "{sent:?}");
+}
+
+/// What spares a request from limits is a dialog that the edge knows, not a tag that anybody can write; and
+/// a Resource-Priority counts from those whom `trusted` lists.
+#[test]
+fn a_tag_or_a_header_alone_spares_nobody_from_limits() {
+    let options = json!({
+        "limits": {"per_source": {"per_second": 1, "burst": 1}},
+        "trusted": ["10.0.0.0/8"],
+    });
+    let made_up = |number: u32, to: &str, more: &str| {
+        request("MESSAGE", &format!("m{number}"), more)
+            .replace("To: <sip:bob@example.net>", &format!("To: <sip:bob@example.net>{to}"))
+    };
+    for (to, more) in [(";tag=q", ""), ("", "Resource-Priority: esnet.0\r\n")] {
+        let mut bench = Bench::new(options.clone(), "", vec![backend(1, None)]);
+        let passed = (0..20)
+            .filter(|&number| starts(&bench.client(&made_up(number, to, more))) == ["MESSAGE"])
+            .count();
+        assert_eq!(passed, 1, "{to}{more}");
+    }
+    // Who calls for help is heard, a few times.
+    let mut bench = Bench::new(options, "", vec![backend(1, None)]);
+    let passed = (0..20)
+        .filter(|number| {
+            let call = request("INVITE", &format!("s{number}"), "")
+                .replace("sip:bob@example.net SIP", "urn:service:sos SIP");
+            starts(&bench.client(&call)).contains(&"INVITE".to_owned())
+        })
+        .count();
+    assert_eq!(passed, 2, "one as an emergency and one as anybody");
+}

@@ -1,6 +1,6 @@
 //! The routing core, as an engine sees it.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use crate::{
@@ -182,6 +182,10 @@ pub trait Router {
 
     /// The backend at an address, if any: tells a backend's own requests from clients'.
     fn backend_at(&self, address: SocketAddr) -> Option<BackendId>;
+
+    /// Whether some backend has this IP address, with whatever port: an instance's connections come from
+    /// ports of the kernel's choice.
+    fn is_backend_ip(&self, ip: IpAddr) -> bool;
 
     /// Calls back with each capability that some backend of the pool has told, each once.
     fn capabilities(&self, pool: PoolId, each: &mut dyn FnMut(u32));

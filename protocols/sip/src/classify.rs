@@ -7,18 +7,20 @@ use crate::scan::{Name, Scan};
 /// Namespaces of RFC 4412 whose calls are emergencies or as good as that.
 const PRIORITY_NAMESPACES: [&[u8]; 3] = [b"esnet", b"wps", b"ets"];
 
-/// The class of a request.
+/// The class of a request. `in_dialog`: something of ours vouches for its dialog; `heeds_priority`: its
+/// sender may say how urgent it is (RFC 4412 4.7).
 pub(crate) fn classify(
     message: &[u8],
     scan: &Scan,
     method: &[u8],
     uri: &[u8],
     in_dialog: bool,
+    heeds_priority: bool,
 ) -> ClassId {
     if matches!(method, b"ACK" | b"CANCEL") {
         return ClassId::CONTROL;
     }
-    if is_emergency(message, scan, uri) {
+    if is_emergency(message, scan, uri, heeds_priority) {
         return ClassId::EMERGENCY;
     }
     if in_dialog {
@@ -32,8 +34,9 @@ pub(crate) fn classify(
     }
 }
 
-/// Whether it says of itself that it is an emergency.
-pub(crate) fn is_emergency(message: &[u8], scan: &Scan, uri: &[u8]) -> bool {
+/// Whether it says of itself that it is an emergency. Anybody may call for help; a Resource-Priority counts
+/// only from those whom the operator believes.
+pub(crate) fn is_emergency(message: &[u8], scan: &Scan, uri: &[u8], heeds_priority: bool) -> bool {
     const SOS: &[u8] = b"urn:service:sos";
     let sos = uri.get(..SOS.len()).is_some_and(|start| start.eq_ignore_ascii_case(SOS))
         && matches!(uri.get(SOS.len()), None | Some(b'.'));
@@ -43,7 +46,8 @@ pub(crate) fn is_emergency(message: &[u8], scan: &Scan, uri: &[u8]) -> bool {
             PRIORITY_NAMESPACES.iter().any(|known| namespace.eq_ignore_ascii_case(known))
         })
     };
-    sos || scan.all(Name::ResourcePriority).any(|header| priority(header.value.of(message)))
+    sos || heeds_priority
+        && scan.all(Name::ResourcePriority).any(|header| priority(header.value.of(message)))
 }
 
 #[cfg(test)]
@@ -54,7 +58,7 @@ mod tests {
         let text = format!("{method} {uri} SIP/2.0\r\n{extra}\r\n");
         let mut scan = Scan::default();
         scan.scan(text.as_bytes()).expect("well-formed");
-        classify(text.as_bytes(), &scan, method.as_bytes(), uri.as_bytes(), in_dialog)
+        classify(text.as_bytes(), &scan, method.as_bytes(), uri.as_bytes(), in_dialog, true)
     }
 
     #[test]

@@ -21,6 +21,8 @@ const LOOKS: Rate = Rate { per_second: 200, burst: 50 };
 #[derive(Debug, Default)]
 pub(crate) struct Guard {
     sources: Buckets,
+    /// What sources have of emergencies.
+    emergencies: Buckets,
     floods: Buckets,
     callers: Buckets,
     methods: Vec<(String, Bucket)>,
@@ -117,7 +119,14 @@ impl SipEngine {
             out.note(Note::Count("sip_access_denied"));
             return Some(Answer::new(403, "Forbidden"));
         }
-        if in_dialog || class == ClassId::EMERGENCY {
+        if in_dialog {
+            return None;
+        }
+        // Emergencies have a bucket of their own; what is more than that is counted as the rest is.
+        let mut spares = |rate| {
+            is_peer(options, ip) || self.guard.emergencies.take(source_key(ip, router), rate, now)
+        };
+        if class == ClassId::EMERGENCY && options.limits.per_source.is_none_or(&mut spares) {
             return None;
         }
         let over = |rate: Rate, reason| {

@@ -358,7 +358,7 @@ impl SipEngine {
         let class = match incoming.method {
             Method::Ack | Method::Cancel => ClassId::CONTROL,
             _ if target.kept_emergency => ClassId::EMERGENCY,
-            _ => self.class_of(&incoming, in_dialog),
+            _ => self.class_of(&incoming, in_dialog, router),
         };
         let target = Target { emergency: class == ClassId::EMERGENCY, ..target };
         let place = match place {

@@ -17,7 +17,7 @@ use crate::options::{Fork, Matched};
 use crate::overload::Told;
 use crate::respond::{Answer, is_our_tag, respond};
 use crate::scan::{Name, Scan, ScanError};
-use crate::target::{Hop, Target, target};
+use crate::target::{Hop, Target, heeds_priority, target};
 use crate::transaction::{Best, LEGS_MAX, Naming, State, Transaction};
 use crate::uri::tag;
 use crate::via::Via;
@@ -83,8 +83,11 @@ impl SipEngine {
         self.note_neighbour(now, &incoming.via, incoming.message.remote.ip());
         self.be_telling(now, None, router);
         let scan = incoming.scan;
-        let in_dialog = scan.value(incoming.message.bytes, Name::To).and_then(tag).is_some();
-        let class = self.class_of(incoming, in_dialog);
+        let target = self.target_of(incoming, router);
+        // Anybody can write a tag into To: a dialog is what our token or our table knows of.
+        let in_dialog = scan.value(incoming.message.bytes, Name::To).and_then(tag).is_some()
+            && (target.vouched || target.from_backend || has_session(now, incoming, router));
+        let class = self.class_of(incoming, in_dialog, router);
         if self.is_looped(incoming, router) {
             out.note(Note::Count("sip_loops"));
             return self.refuse(now, incoming, class, &Answer::new(482, "Loop Detected"), out);
@@ -92,7 +95,6 @@ impl SipEngine {
         if let Some(answer) = self.over_a_limit(now, incoming, class, in_dialog, router, out) {
             return self.refuse(now, incoming, class, &answer, out);
         }
-        let target = self.target_of(incoming, router);
         // A dialog that was begun as an emergency is one to its end, whatever rules say.
         let class = if target.kept_emergency { ClassId::EMERGENCY } else { class };
         let class = self.kept_class(now, incoming, class, &target, router);
@@ -122,9 +124,15 @@ impl SipEngine {
     }
 
     /// By the first rule of the configuration that matches, else by what it is.
-    pub(crate) fn class_of(&self, incoming: &Incoming<'_>, in_dialog: bool) -> ClassId {
+    pub(crate) fn class_of(
+        &self,
+        incoming: &Incoming<'_>,
+        in_dialog: bool,
+        router: &dyn Router,
+    ) -> ClassId {
         let (message, scan) = (&incoming.message, incoming.scan);
-        let class = classify(message.bytes, scan, incoming.name, incoming.uri, in_dialog);
+        let heeds = heeds_priority(&self.settings, message, router);
+        let class = classify(message.bytes, scan, incoming.name, incoming.uri, in_dialog, heeds);
         let rules = &self.settings.classify;
         if rules.is_empty() || class == ClassId::CONTROL {
             return class;
@@ -545,4 +553,10 @@ impl SipEngine {
             }
         }
     }
+}
+
+/// Whether the table knows a session by the Call-ID.
+fn has_session(now: Instant, incoming: &Incoming<'_>, router: &mut dyn Router) -> bool {
+    let session = session_key(&incoming.message, incoming.scan, incoming.uri, None, router);
+    router.session_class(now, session).is_some()
 }

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 
 use strowger_contract::{Endpoint, Message, Pin, PoolId, Router, Transport, WorkerId, stable_hash};
 
+use crate::access::any;
 use crate::classify::is_emergency;
 use crate::engine::Settings;
 use crate::flow::{ClientFlow, reads_path_token};
@@ -31,6 +32,8 @@ pub(crate) struct Target<'a> {
     /// Whether it is an emergency: by what it says itself, its dialog's token, or its listener's
     /// rules.
     pub(crate) emergency: bool,
+    /// Whether a token of ours vouches for its dialog.
+    pub(crate) vouched: bool,
     /// Whether its dialog's token says that it was begun as one.
     pub(crate) kept_emergency: bool,
     /// Whether this request comes from an instance, or from its side of a dialog.
@@ -114,7 +117,8 @@ pub(crate) fn target<'a>(
         drop_last_route: false,
         add_route: None,
         begun_by_backend: false,
-        emergency: is_emergency(bytes, scan, uri),
+        emergency: is_emergency(bytes, scan, uri, heeds_priority(settings, message, router)),
+        vouched: false,
         kept_emergency: false,
         from_backend: false,
         keeper: None,
@@ -151,7 +155,17 @@ pub(crate) fn target<'a>(
         towards_flow(&mut target, next, request_uri, outcome, source_backend(message, router));
         return target;
     }
-    let side = told.token.and_then(|token| side(bytes, scan, token, told.flow, call_id, router));
+    let mut side =
+        told.token.and_then(|token| side(bytes, scan, token, told.flow, call_id, router));
+    if let Some(side) = &mut side
+        && !side.to_backend
+        && !is_inside(settings, message, router)
+    {
+        // A client that swaps the tags of its own dialog would be taken for the instance, whose requests
+        // go wherever they say. It gets the instance, which knows no such dialog.
+        side.to_backend = true;
+    }
+    target.vouched = side.is_some();
     target.kept_emergency = side.as_ref().is_some_and(|side| side.emergency);
     target.emergency |= target.kept_emergency;
     let source = source_backend(message, router);
@@ -337,6 +351,29 @@ fn side(
         begun_by_backend,
         emergency: mark & MARK_EMERGENCY != 0,
     })
+}
+
+/// RFC 4412 4.7: whether what a message says of its own priority is believed: of peers and instances, and,
+/// unless `trusted` says who is, of everybody.
+pub(crate) fn heeds_priority(
+    settings: &Settings,
+    message: &Message<'_>,
+    router: &dyn Router,
+) -> bool {
+    let (options, ip) = (&settings.options, message.remote.ip());
+    options.trusted.as_ref().is_none_or(|trusted| any(trusted, ip))
+        || any(&options.peers, ip)
+        || matches!(message.from, Endpoint::Backend(_))
+        || router.is_backend_ip(ip)
+}
+
+/// Whether a message may be one of the instances' side: by the IP address of one of them, or of what
+/// `trusted` lists.
+fn is_inside(settings: &Settings, message: &Message<'_>, router: &dyn Router) -> bool {
+    let ip = message.remote.ip();
+    matches!(message.from, Endpoint::Backend(_))
+        || router.is_backend_ip(ip)
+        || settings.options.trusted.as_ref().is_some_and(|trusted| any(trusted, ip))
 }
 
 /// The backend that a message comes from, if it comes from one.

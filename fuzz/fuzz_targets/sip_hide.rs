@@ -26,7 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
             if memchr(bytes, b";swth") {
                 return;
             }
-            mask_response(bytes, &scan, Some(&mask), |uri| uri.host.len() % 2 == 0, &mut hidden)
+            mask_response(bytes, &scan, Some(&mask), true, |uri| uri.host.len() % 2 == 0, &mut hidden)
         }
     };
     if changed {

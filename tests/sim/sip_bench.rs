@@ -21,6 +21,8 @@ pub(crate) struct Bench {
     pub(crate) core: Arc<Core>,
     router: CoreRouter,
     pub(crate) engine: SipEngine,
+    scope: Scope<SipMatch>,
+    started: u32,
     out: Outbox,
     pub(crate) start: Instant,
     pub(crate) at: Duration,
@@ -103,6 +105,8 @@ impl Bench {
             core,
             router,
             engine,
+            scope,
+            started,
             out: Outbox::new(),
             start,
             at: Duration::ZERO,
@@ -110,6 +114,20 @@ impl Bench {
             class: ClassId::CONTROL,
             notes: Vec::new(),
         }
+    }
+
+    /// A reload gives the listener other options.
+    pub(crate) fn reload(&mut self, options: Value) {
+        let options: SipOptions = serde_json::from_value(options).expect("options");
+        let context = Context {
+            worker: WorkerId(0),
+            workers: 1,
+            seed: 7,
+            started: self.started,
+            scope: &self.scope,
+            options: &options,
+        };
+        Sip::reconfigure(&mut self.engine, &context);
     }
 
     /// What the engine wants, and what became of requests that wait.

@@ -79,6 +79,44 @@ fn a_client_sees_nothing_behind_the_edge_and_its_dialog_works_both_ways() {
     }
 }
 
+/// A reload that hides nothing any more leaves the dialogs whole that were set up before it.
+#[test]
+fn a_dialog_outlives_the_option_that_hid_it() {
+    let mut bench = Bench::new(options("stateful", "clients"), "", vec![backend(1, None)]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let contact = "Contact: <sip:bob@10.0.0.1:5070>\r\n";
+    let ok = bench.answers(sent.last().expect("it went on"), "200 OK", contact)[0].1.clone();
+    is_hidden(&ok);
+    bench.reload(json!({"mode": "stateful"}));
+    let routes: String =
+        list(&ok, "Record-Route").iter().map(|it| format!("Route: {it}\r\n")).collect();
+    let bye = request("BYE", "c1", &routes)
+        .replace("To: <sip:bob@example.net>", "To: <sip:bob@example.net>;tag=callee")
+        .replace("sip:bob@example.net SIP", &format!("{} SIP", uri_of(header(&ok, "Contact"))));
+    let sent = bench.client(&bye);
+    assert!(sent[0].1.starts_with("BYE sip:bob@10.0.0.1:5070 SIP/2.0\r\n"), "{}", sent[0].1);
+}
+
+/// An instance that leaves our Record-Route out of its answers is hidden none the less.
+#[test]
+fn an_answer_without_record_route_tells_nothing() {
+    for mode in ["stateful", "stateless"] {
+        let mut bench = Bench::new(options(mode, "clients"), "", vec![backend(1, None)]);
+        let sent = bench.client(&request("INVITE", "c1", ""));
+        let invite = sent.last().expect("it went on").clone();
+        for line in ["180 Ringing", "200 OK"] {
+            let said = answer(&invite.1, line, "Contact: <sip:bob@10.0.0.1:5070;secret=1>\r\n");
+            let bare: String = said
+                .split_inclusive("\r\n")
+                .filter(|line| !line.starts_with("Record-Route"))
+                .collect();
+            let answered = bench.gets(remote(invite.0), &bare);
+            assert_eq!(answered.len(), 1, "{mode}");
+            is_hidden(&answered[0].1);
+        }
+    }
+}
+
 /// The instance calls a client: its Via, Contact, Record-Route and Call-ID are its own business.
 #[test]
 fn an_instances_call_is_hidden_with_its_call_id_and_every_answer_finds_back() {
@@ -311,7 +349,7 @@ proptest! {
         let (mut scan, mut hidden, mut back) = (Scan::default(), Vec::new(), Vec::new());
         prop_assume!(scan.scan(text.as_bytes()).is_ok());
         let changed = if response {
-            mask_response(text.as_bytes(), &scan, Some(&mask), |uri| uri.host.len() % 2 == 0, &mut hidden)
+            mask_response(text.as_bytes(), &scan, Some(&mask), true, |uri| uri.host.len() % 2 == 0, &mut hidden)
         } else {
             mask_request(text.as_bytes(), &scan, own, &mask, &mut hidden)
         };

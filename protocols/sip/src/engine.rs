@@ -39,6 +39,9 @@ pub(crate) struct Settings {
     pub(crate) epoch: u32,
     /// Grows with each start.
     pub(crate) started: u32,
+    /// Whether anything was ever hidden from clients, and from instances: the words of dialogs that were set
+    /// up then are read to their end, whatever the options say now.
+    pub(crate) hid: [bool; 2],
 }
 
 impl Settings {
@@ -53,6 +56,10 @@ impl Settings {
             workers: context.workers,
             epoch: stable_hash(context.scope.node.as_bytes()) as u32 ^ context.started,
             started: context.started,
+            hid: [false, true].map(|to_instance| {
+                let hiding = context.options.topology_hiding.as_ref();
+                hiding.is_some_and(|hiding| hiding.hides(to_instance))
+            }),
         }
     }
 
@@ -155,8 +162,10 @@ impl SipEngine {
     }
 
     pub(crate) fn reconfigure(&mut self, context: &Context<'_, Sip>) {
-        let epoch = self.settings.epoch;
-        self.settings = Settings { epoch, ..Settings::new(context) };
+        let (epoch, before) = (self.settings.epoch, self.settings.hid);
+        let new = Settings::new(context);
+        let hid = [before[0] | new.hid[0], before[1] | new.hid[1]];
+        self.settings = Settings { epoch, hid, ..new };
     }
 
     /// Lets the wheel look at a transaction when something is next due for it.
@@ -239,11 +248,8 @@ impl SipEngine {
     fn crossed(&mut self, message: &[u8], scan: &Scan) -> bool {
         let via = scan.value(message, Name::Via).and_then(Via::first);
         let text = via.and_then(|(via, _)| via.branch()).unwrap_or_default();
-        let (Some((branch, _)), Some(hiding)) =
-            (Branch::read(text), &self.settings.options.topology_hiding)
-        else {
-            return false;
-        };
+        let Some((branch, _)) = Branch::read(text) else { return false };
+        let hid = self.settings.hid;
         if !branch.stateless && branch.worker != self.settings.worker {
             // The worker that has it looks again.
             return false;
@@ -255,7 +261,7 @@ impl SipEngine {
                     let to_instance = leg.backend.is_some();
                     leg.is_answered_by(text)
                         && to_instance != from_backend
-                        && hiding.hides(to_instance)
+                        && hid[usize::from(to_instance)]
                 })
             }
             _ => goes_back_inside(message, scan),
@@ -265,7 +271,6 @@ impl SipEngine {
     /// Whether a request had words of ours read and would go to the side that shall not see them: only
     /// who wants to know what they say sends such.
     pub(crate) fn would_tell(&self, target: &Target<'_>, router: &dyn Router) -> bool {
-        let hides = self.settings.options.topology_hiding.as_ref();
         let to_instance = match target.hop {
             Hop::Backend { .. } => true,
             Hop::Address { address, .. } => router.backend_at(address).is_some(),
@@ -274,7 +279,7 @@ impl SipEngine {
         };
         self.revealed
             && to_instance == target.from_backend
-            && hides.is_some_and(|hiding| hiding.hides(to_instance))
+            && self.settings.hid[usize::from(to_instance)]
     }
 }
 
@@ -293,7 +298,7 @@ impl Engine for SipEngine {
         let result = scan.scan(message.bytes);
         let mut plain = std::mem::take(&mut self.unmasked);
         self.revealed = false;
-        let hides = self.settings.options.topology_hiding.is_some() && result.is_ok();
+        let hides = self.settings.hid != [false; 2] && result.is_ok();
         if hides && self.reveal(message.bytes, &mut scan, router.token_keys(), &mut plain, out) {
             let message = Message { bytes: &plain, ..message };
             self.on_scanned(now, &message, &scan, Ok(()), router, out);

@@ -11,6 +11,7 @@ use crate::engine::SipEngine;
 use crate::method::Method;
 use crate::requests::answer_note;
 use crate::respond::{Answer, respond};
+use crate::responses::attempt_of;
 use crate::scan::Scan;
 use crate::send::Origin;
 use crate::transaction::State;
@@ -43,8 +44,11 @@ impl SipEngine {
         let side = (transaction.transport, transaction.local);
         let socket = (side.0, self.settings.local.receiving(side.0, side.1));
         let spare = (&mut self.edit_scan, &mut self.edited);
-        let (to_instance, keys) = (transaction.from_backend, router.token_keys());
-        self.settings.hide_response(into, to_instance, socket, keys, spare);
+        let unrecorded = attempt_of(message, scan)
+            .and_then(|attempt| transaction.leg(attempt))
+            .is_some_and(|leg| leg.pin.is_none());
+        let (sides, keys) = ((transaction.from_backend, unrecorded), router.token_keys());
+        self.settings.hide_response(into, sides, socket, keys, spare);
         if self.settings.options.header_rules.is_empty() {
             return;
         }
@@ -57,7 +61,7 @@ impl SipEngine {
             // What asserts identities here is an instance.
             from_backend: true,
         };
-        self.edit(into, &origin, to_instance, router);
+        self.edit(into, &origin, sides.0, router);
     }
 
     /// Sends a response on to the client and keeps it for repetition.

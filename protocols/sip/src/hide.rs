@@ -224,12 +224,13 @@ pub fn mask_request(
 }
 
 /// Writes a response, as it would go out, without what its receiver shall not see, if `mask` is given;
-/// and with the Call-ID that its receiver knows. `is_ours` tells our Record-Routes. Whether anything was
-/// changed; if not, `out` is of no use.
+/// and with the Call-ID that its receiver knows. `unrecorded`: its request went out without a Record-Route
+/// of ours; `is_ours` tells them. Whether anything was changed; if not, `out` is of no use.
 pub fn mask_response(
     message: &[u8],
     scan: &Scan,
     mask: Option<&Mask<'_>>,
+    unrecorded: bool,
     is_ours: impl Fn(&Uri<'_>) -> bool,
     out: &mut Vec<u8>,
 ) -> bool {
@@ -247,7 +248,8 @@ pub fn mask_response(
     // be one that can be reached.
     let cseq = scan.value(message, Name::CSeq).unwrap_or_default();
     let method = cseq.iter().rposition(u8::is_ascii_whitespace).map_or(cseq, |at| &cseq[at + 1..]);
-    let is_alone = last.is_none()
+    let is_alone = unrecorded
+        && last.is_none()
         && Method::of(method).is_record_routed()
         && matches!(scan.start, Start::Response { code: 101..300 });
     let contacts = mask.filter(|_| !is_alone && !register);
@@ -313,7 +315,7 @@ pub(crate) fn restore_call_id(out: &mut Vec<u8>, start: usize) {
     }
     // Answers of our own to hidden calls are rare enough to allocate.
     let mut buffer = Vec::new();
-    if mask_response(text, &scan, None, |_| false, &mut buffer) {
+    if mask_response(text, &scan, None, false, |_| false, &mut buffer) {
         out.truncate(start);
         out.extend_from_slice(&buffer);
     }
@@ -547,19 +549,19 @@ impl Settings {
     pub(crate) fn hide_response(
         &self,
         sent: &mut Vec<u8>,
-        to_instance: bool,
+        (to_instance, unrecorded): (bool, bool),
         (transport, socket): (Transport, u16),
         keys: &TokenKeys,
         (scan, buffer): (&mut Scan, &mut Vec<u8>),
     ) {
-        let Some(hiding) = &self.options.topology_hiding else { return };
-        if scan.scan(sent).is_err() {
+        if self.hid == [false; 2] || scan.scan(sent).is_err() {
             return;
         }
+        let hiding = self.options.topology_hiding.as_ref();
         let mask = Mask { keys, host: self.local.text(socket), transport, call_id: false };
-        let mask = Some(&mask).filter(|_| hiding.hides(to_instance));
+        let mask = Some(&mask).filter(|_| hiding.is_some_and(|hiding| hiding.hides(to_instance)));
         let ours = |uri: &Uri<'_>| self.local.is_ours(uri.host, Some(uri.port_or_default()));
-        if mask_response(sent, scan, mask, ours, buffer) {
+        if mask_response(sent, scan, mask, unrecorded, ours, buffer) {
             std::mem::swap(sent, buffer);
         }
     }

@@ -398,12 +398,13 @@ impl SipEngine {
             return out.note(Note::Count("sip_acks_absorbed"));
         }
         let target = self.target_of(incoming, router);
+        // Before it is handed over: the other worker gets it as it was read here.
+        if self.would_tell(&target, router) {
+            return out.drop_message("ack_would_tell");
+        }
         if let Some(keeper) = self.kept_elsewhere(&target, incoming.method) {
             // Of a re-INVITE that went there, too.
             return out.hand_over(keeper, &incoming.message);
-        }
-        if self.would_tell(&target, router) {
-            return out.drop_message("ack_would_tell");
         }
         self.call_acknowledged(now, incoming, router);
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
@@ -438,6 +439,9 @@ impl SipEngine {
     ) {
         if self.settings.is_stateless() {
             let target = self.target_of(incoming, router);
+            if self.would_tell(&target, router) {
+                return out.drop_message("cancel_would_tell");
+            }
             return self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
         }
         let Some(slot) = self.transactions.by_key(incoming.key) else {

@@ -142,6 +142,11 @@ impl SipEngine {
         router: &dyn Router,
         out: &mut Outbox,
     ) {
+        // What the branch says was verified; of what went to no instance nothing was recorded.
+        let unrecorded = branch_of(message.bytes, scan).is_none_or(|(branch, token)| {
+            let call_id = stable_hash(scan.value(message.bytes, Name::CallId).unwrap_or_default());
+            branch.verify(token, call_id, router).is_none_or(|branch| branch.pin.is_none())
+        });
         let mut sent = std::mem::take(&mut self.scratch);
         sent.clear();
         backward(message.bytes, scan, false, self.overload.telling.as_ref(), &mut sent);
@@ -149,10 +154,22 @@ impl SipEngine {
         let to_instance = router.backend_at(address).is_some();
         let spare = (&mut self.edit_scan, &mut self.edited);
         let keys = router.token_keys();
-        self.settings.hide_response(&mut sent, to_instance, (transport, facing), keys, spare);
+        let sides = (to_instance, unrecorded && !to_instance);
+        self.settings.hide_response(&mut sent, sides, (transport, facing), keys, spare);
         out.send(to, ClassId::CONTROL, |buffer| buffer.extend_from_slice(&sent));
         self.scratch = sent;
     }
+}
+
+/// What our branch in the top Via says, and its token.
+fn branch_of<'a>(message: &'a [u8], scan: &Scan) -> Option<(Branch, &'a [u8])> {
+    let (via, _) = scan.value(message, Name::Via).and_then(Via::first)?;
+    Branch::read(via.branch()?)
+}
+
+/// Which try of its transaction a response is to.
+pub(crate) fn attempt_of(message: &[u8], scan: &Scan) -> Option<u8> {
+    branch_of(message, scan).map(|(branch, _)| branch.attempt)
 }
 
 fn via_transport(via: &Via<'_>) -> Transport {

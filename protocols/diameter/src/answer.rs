@@ -19,6 +19,7 @@ pub(crate) mod result {
     pub(crate) const UNKNOWN_PEER: u32 = 3_010;
     pub(crate) const ELECTION_LOST: u32 = 4_003;
     pub(crate) const AVP_UNSUPPORTED: u32 = 5_001;
+    pub(crate) const INVALID_AVP_VALUE: u32 = 5_004;
     pub(crate) const MISSING_AVP: u32 = 5_005;
     pub(crate) const NO_COMMON_APPLICATION: u32 = 5_010;
     pub(crate) const UNSUPPORTED_VERSION: u32 = 5_011;

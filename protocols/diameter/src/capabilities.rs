@@ -30,6 +30,13 @@ enum Elected {
     Lost(&'static str),
 }
 
+/// RFC 6733 4.3.1: a host's name. Whatever else is in it would end up in names, logs and labels.
+fn is_identity(host: &[u8]) -> bool {
+    const MAX: usize = 255;
+    let is_good = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._".contains(byte);
+    !host.is_empty() && host.len() <= MAX && host.iter().all(is_good)
+}
+
 impl DiameterEngine {
     /// Our applications: those configured, those that the pools' backends told, and relay.
     fn applications(&self, router: &dyn Router) -> Vec<u32> {
@@ -122,15 +129,28 @@ impl DiameterEngine {
             let what = (result::MISSING_AVP, "Origin-Host or Origin-Realm is missing");
             return refuse_for(self, what, Some(&failed), out);
         }
+        if !is_identity(told.host) {
+            let what = (result::INVALID_AVP_VALUE, "Origin-Host is no DiameterIdentity");
+            let mut avps = Avps::of(bytes).map_while(Result::ok);
+            let failed = avps.find(|avp| avp.code == code::ORIGIN_HOST).map(|avp| avp.whole);
+            return refuse_for(self, what, failed, out);
+        }
         if let Some((what, failed)) = self.unfit(bytes) {
             return refuse_for(self, what, Some(failed), out);
+        }
+        let open = self.clients.get(&flow).filter(|peer| peer.state != State::Introducing);
+        let again = open.is_some();
+        if open.is_some_and(|peer| !peer.host.eq_ignore_ascii_case(told.host)) {
+            let text = "this connection is another peer's";
+            return refuse(self, result::UNABLE_TO_COMPLY, text, out);
         }
         if !self.clients.get(&flow).is_none_or(|peer| peer.may_be(told.host)) {
             let text = "the certificate is not for this Origin-Host";
             return refuse(self, result::UNKNOWN_PEER, text, out);
         }
-        let elected = self.elect(flow, told.host, router);
-        let serves = match elected {
+        let serves = match self.elect(flow, told.host, router) {
+            // Who tells its capabilities again is what it was.
+            _ if again => self.clients.get(&flow).and_then(|peer| peer.serves),
             Elected::Client => None,
             Elected::Link(backend) => Some(backend),
             Elected::Lost(why) => {
@@ -147,7 +167,6 @@ impl DiameterEngine {
         }
         let identity = String::from_utf8_lossy(told.host);
         let connections = router.peers_named(&self.settings.listener, &identity);
-        let again = self.clients.get(&flow).is_some_and(|peer| peer.state == State::Open);
         if serves.is_none()
             && !again
             && connections >= self.settings.options.peer_connections as usize
@@ -166,15 +185,19 @@ impl DiameterEngine {
             return refuse(self, result::NO_COMMON_APPLICATION, "no application in common", out);
         }
         let Some(peer) = self.clients.get_mut(&flow) else { return };
-        peer.state = State::Open;
+        if !again {
+            peer.state = State::Open;
+        }
         peer.serves = serves;
         peer.host = Rc::from(told.host);
         peer.realm = Rc::from(told.realm);
         peer.state_id = told.state_id;
         peer.capabilities.clone_from(&told.applications);
         let local = peer.local;
-        self.name(flow, told.host, true, router);
-        if let Some(backend) = serves {
+        if !again {
+            self.name(flow, told.host, true, router);
+        }
+        if let Some(backend) = serves.filter(|_| !again) {
             self.serve_as_link(now, flow, backend, bytes, router, out);
         }
         self.report(from, router);
@@ -207,7 +230,10 @@ impl DiameterEngine {
         else {
             return Elected::Client;
         };
-        if view.connections > 1 {
+        // A name alone gets nobody a backend's traffic.
+        let from_there =
+            self.clients.get(&flow).is_some_and(|peer| peer.may_serve_at(view.address));
+        if view.connections > 1 || !from_there {
             return Elected::Client;
         }
         let serves = |lanes: u32, lane: u8| lanes & Lanes::bit(lane) != 0;

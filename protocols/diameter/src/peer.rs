@@ -93,6 +93,12 @@ impl Peer {
         (self.remote, self.local)
     }
 
+    /// Whether it may be a backend that is to be at `address`: its certificate says so ([`Peer::may_be`]), or
+    /// it comes from that host.
+    pub(crate) fn may_serve_at(&self, address: SocketAddr) -> bool {
+        self.certificate.is_some() || self.remote.ip().to_canonical() == address.ip().to_canonical()
+    }
+
     /// Whether its certificate, if it showed one, stands for the Origin-Host that it tells (RFC 6733
     /// 13.1: peers authorise each other by what was authenticated).
     pub(crate) fn may_be(&self, host: &[u8]) -> bool {

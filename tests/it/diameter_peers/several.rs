@@ -193,6 +193,46 @@ fn next_of(connection: &mut Connection, command: u32) -> Option<Vec<u8>> {
     }
 }
 
+/// Who takes a server's name gets none of its traffic unless it comes from the server's address; and a
+/// connection that is one peer's does not become another's.
+#[test]
+fn a_name_alone_gets_nobody_a_servers_traffic() {
+    let _alone = alone();
+    let (port, one, two) = (free_port(), free_port(), free_port());
+    let yaml = diameter_agent::config(port, &[("a", one), ("b", two)], "", "")
+        .replace("watchdog: 500ms", "watchdog: 60s")
+        .replace(&format!("127.0.0.1:{two}"), &format!("127.0.0.2:{two}"));
+    let edge = Edge::start(&yaml);
+    let introduced = |host: &str| {
+        let mut connection = Connection::open(port);
+        assert!(connection.send(&capabilities(FLAG_REQUEST, host, None)));
+        let cea = connection.next().expect("a CEA");
+        (Summary::of(&cea).result_code, connection)
+    };
+    let (result, mut stranger) = introduced("b.example.net");
+    assert_eq!(result, Some(2_001), "a client, as any");
+    assert_ne!(edge.instance("pcrf", "b")["health"], "up", "it is no server");
+    let (result, _) = introduced("\0\0\0\0\u{1}");
+    assert_eq!(result, Some(5_004));
+    // One from the right address is the server's link, until it says that it is somebody else.
+    let (result, mut link) = introduced("a.example.net");
+    assert_eq!(result, Some(2_001));
+    edge.until("it to be up", |edge| edge.instance("pcrf", "a")["health"] == "up");
+    for connection in [&mut link, &mut stranger] {
+        assert!(connection.send(&capabilities(FLAG_REQUEST, "c.example.net", None)));
+        let cea = connection.next().expect("a CEA");
+        assert_eq!(Summary::of(&cea).result_code, Some(5_012));
+        assert!(connection.next_of_any().is_none(), "it is closed");
+    }
+    let server = Peer::start(one, "a.example.net", good);
+    edge.until("the server itself to be up", |edge| edge.instance("pcrf", "a")["health"] == "up");
+    let mut asks = client(port, "client.example.net");
+    let asked = ccr("s;1", 1, "client.example.net", Some("a.example.net"), 7);
+    assert!(asks.send(&asked));
+    assert_eq!(Summary::of(&next_of(&mut asks, 272).expect("an answer")).result_code, Some(2_001));
+    assert_eq!(server.requests().len(), 1);
+}
+
 /// Both sides connect to each other at once. The connection that the node with the lesser name opened
 /// stays; requests go over it, and its node's own requests go to others.
 #[test]

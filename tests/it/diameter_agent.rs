@@ -158,7 +158,8 @@ impl Peer {
         self.cut();
     }
 
-    fn cut(&self) {
+    /// All its connections are lost at once.
+    pub(crate) fn cut(&self) {
         for stream in self.streams.lock().expect("not poisoned").drain(..) {
             let _gone = stream.shutdown(Shutdown::Both);
         }

@@ -313,11 +313,13 @@ impl DiameterEngine {
     }
 
     /// RFC 6733 5.5.4: what waits for a connection that is gone goes over another one, with T: to the
-    /// same backend if it has more of them, else to another.
+    /// same backend if it has more of them, else to another. With `silent` the connection is there and
+    /// nothing comes over it: its siblings are used only if the backend has answered since.
     pub(crate) fn fail_over_from(
         &mut self,
         now: Instant,
         peer: Endpoint,
+        silent: bool,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
@@ -332,12 +334,16 @@ impl DiameterEngine {
                 self.pending.recycle(pending.request);
                 continue;
             }
+            // Each connection once: those of one backend are not further tries at others.
+            pending.lanes_lost |= lost;
             if let Some(backend) = pending.backend
-                && self.may_try_again(now, &pending, router)
-                && let Some(to) = self.lane_to(backend, lost, router)
+                && pending.expires > now
+                && (!silent || answered_since(backend, pending.sent, router))
+                && let Some(to) = self.lane_to(backend, pending.lanes_lost, router)
             {
                 // It keeps its place at the backend.
                 out.note(Note::Retry("connection_lost"));
+                pending.tries = pending.tries.saturating_sub(1);
                 self.go_over(now, pending, (backend, to), router, out);
                 continue;
             }
@@ -371,7 +377,7 @@ impl DiameterEngine {
         for (backend, to) in at {
             let lanes = router.backend(backend).map(|view| view.lanes);
             if lanes.is_some_and(|lanes| lanes.down & Lanes::bit(lane_of(to)) != 0) {
-                self.fail_over_from(now, to, router, out);
+                self.fail_over_from(now, to, false, router, out);
             }
         }
     }
@@ -394,6 +400,11 @@ impl DiameterEngine {
         let what = (result::UNABLE_TO_DELIVER, "no answer came in time");
         self.give_up(now, pending, what, RequestOutcome::Expired, router, out);
     }
+}
+
+/// Whether a backend has answered anything on any connection since.
+fn answered_since(backend: BackendId, since: Instant, router: &dyn Router) -> bool {
+    router.backend(backend).and_then(|view| view.answered).is_some_and(|answered| answered > since)
 }
 
 /// Which of a backend's links a request went over.

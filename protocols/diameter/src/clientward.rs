@@ -74,6 +74,7 @@ impl DiameterEngine {
             binds: false,
             follows: false,
             resent: false,
+            lanes_lost: 0,
             redirects: 0,
             application: header.application,
             command: header.command,

@@ -107,7 +107,7 @@ impl DiameterEngine {
         }
         if flow.worker() != self.settings.worker {
             // It served as a backend's link.
-            return self.fail_over_from(now, gone, router, out);
+            return self.fail_over_from(now, gone, false, router, out);
         }
         if let Some(peer) = self.clients.remove(&flow) {
             if let Some(backend) = peer.serves {
@@ -115,7 +115,7 @@ impl DiameterEngine {
                 router.unname_flow(name, flow);
                 let down = Link::Down(CloseCause::End);
                 self.set_link(now, (backend, LANE_ACCEPTED), down, router);
-                self.fail_over_from(now, gone, router, out);
+                self.fail_over_from(now, gone, false, router, out);
             }
             self.name(flow, &peer.host, false, router);
             // Another connection of the same peer takes its requests from now on.
@@ -140,6 +140,6 @@ impl DiameterEngine {
             // The core was told by the runtime, or is told of a link that never was one.
             self.set_link(now, link, Link::Down(CloseCause::End), router);
         }
-        self.fail_over_from(now, endpoint, router, out);
+        self.fail_over_from(now, endpoint, false, router, out);
     }
 }

@@ -142,6 +142,7 @@ impl DiameterEngine {
             binds: binds && !keys.is_empty(),
             follows,
             resent: false,
+            lanes_lost: 0,
             redirects: 0,
             application: header.application,
             command: header.command,
@@ -497,11 +498,12 @@ impl DiameterEngine {
     pub(crate) fn go(
         &mut self,
         now: Instant,
-        pending: Pending,
+        mut pending: Pending,
         backend: BackendId,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        pending.lanes_lost = 0;
         // Without a link it finds out on its way, and goes elsewhere.
         let to = self.lane_to(backend, 0, router).unwrap_or(Endpoint::Backend(backend));
         self.go_over(now, pending, (backend, to), router, out);

@@ -55,6 +55,8 @@ pub(crate) struct Pending {
     pub(crate) follows: bool,
     /// An earlier copy may have been processed: T goes with it (RFC 6733 3).
     pub(crate) resent: bool,
+    /// Connections to its backend that it was lost with, a bit each.
+    pub(crate) lanes_lost: u32,
     /// How often it was redirected.
     pub(crate) redirects: u8,
     pub(crate) application: u32,
@@ -98,6 +100,7 @@ impl Pending {
             rules: self.rules.clone(),
             backend: None,
             resent: true,
+            lanes_lost: 0,
             twin: Some(twin),
             hedge_at: None,
             request: self.request.clone(),

@@ -166,7 +166,7 @@ impl DiameterEngine {
         out.event(Level::Warn, why, || {
             router.backend(backend).map(|view| view.name.to_owned()).unwrap_or_default()
         });
-        self.fail_over_from(now, endpoint, router, out);
+        self.fail_over_from(now, endpoint, true, router, out);
     }
 }
 

@@ -13,7 +13,7 @@ use super::freediameter::{self, Kit};
 use super::stacks::{compile_otp, erl, is_content, python, verdict};
 use super::{Tap, config, dissects, key, one_answer_each, relayed, text};
 use super::{header, until_up};
-use crate::diameter::{Connection, capabilities, ccr, client};
+use crate::diameter::{Connection, capabilities, ccr, client, up};
 use crate::diameter_agent::{self, Peer, good};
 use crate::harness::{Edge, alone, free_port, has, wait_for_tcp};
 
@@ -191,6 +191,40 @@ fn next_of(connection: &mut Connection, command: u32) -> Option<Vec<u8>> {
             return Some(message);
         }
     }
+}
+
+/// A server that dies with all its connections costs each request one try, however many connections it had:
+/// those that waited there are answered by the other server.
+#[test]
+fn connections_that_are_lost_together_use_up_no_tries() {
+    const REQUESTS: u32 = 60;
+    let _alone = alone();
+    let (port, one, two) = (free_port(), free_port(), free_port());
+    let mute = Peer::start(one, "a.example.net", |_, _, _| None);
+    let _good = Peer::start(two, "b.example.net", good);
+    let pool = "    connections: 4\n";
+    let yaml = diameter_agent::config(port, &[("a", one), ("b", two)], "", pool)
+        .replace("watchdog: 500ms", "watchdog: 60s");
+    let edge = Edge::start(&yaml);
+    up(&edge, &["a", "b"]);
+    edge.until("all eight connections", |edge| {
+        ["a", "b"].iter().all(|id| connections(edge, id).len() == 4)
+    });
+    let mut asks = client(port, "client.example.net");
+    for number in 1..=REQUESTS {
+        let session = format!("s;{number}");
+        assert!(asks.send(&ccr(&session, 1, "client.example.net", None, number)));
+    }
+    edge.until("half of them to hang", |_| mute.requests().len() >= 10);
+    let waiting = mute.requests().len();
+    mute.cut();
+    let good = (0..REQUESTS)
+        .filter(|_| {
+            let answer = next_of(&mut asks, 272).expect("an answer");
+            Summary::of(&answer).result_code == Some(2_001)
+        })
+        .count();
+    assert_eq!(good, REQUESTS as usize, "{waiting} waited at the server that died");
 }
 
 /// Who takes a server's name gets none of its traffic unless it comes from the server's address; and a

@@ -542,8 +542,6 @@ impl<P: Protocol> Reader<P> {
         connection.began.set(began.filter(|_| websocket.has_begun()));
         let output = websocket.take_output();
         if !output.is_empty() {
-            // Answers to pings count as a sign of life.
-            connection.began.set(None);
             let _cut_off = connection.push_bytes(&output, 2 * host.queued_bytes_max());
         }
         host.batch(now, |batch| {

@@ -29,9 +29,6 @@ const READ_BUFFER_BYTES: usize = 4 << 10;
 /// What the headers of a message's frames may take beside its bytes: a thousand fragments.
 const FRAGMENTS_BYTES: usize = 14 << 10;
 
-/// Messages that one read may yield.
-const MESSAGES_MAX: usize = 4_096;
-
 /// The frames of one connection.
 pub(crate) struct WebSocket {
     inner: RefCell<Inner>,
@@ -59,20 +56,23 @@ impl Unfinished {
     fn follow(&mut self, read: &[u8]) -> bool {
         let mut whole = std::mem::take(&mut self.bytes);
         whole.extend_from_slice(read);
-        let mut done = 0;
-        while let Some((length, header)) = frame_at(&whole[self.looked_at..]) {
-            let end = self.looked_at + length;
-            if matches!(header.opcode, OpCode::Control(_)) && self.looked_at > done {
+        // Each frame is moved at most once, however many are left out.
+        let (mut done, mut kept, mut next) = (0, self.looked_at, self.looked_at);
+        while let Some((length, header)) = frame_at(&whole[next..]) {
+            let is_control = matches!(header.opcode, OpCode::Control(_));
+            if is_control && kept > done {
                 // It was answered, and stands within a message: to be left out.
-                whole.drain(self.looked_at..end);
+                next += length;
                 continue;
             }
-            self.looked_at = end;
-            if header.is_final || matches!(header.opcode, OpCode::Control(_)) {
-                done = end;
+            whole.copy_within(next..next + length, kept);
+            (kept, next) = (kept + length, next + length);
+            if header.is_final || is_control {
+                done = kept;
             }
         }
-        self.looked_at -= done;
+        whole.drain(kept..next);
+        self.looked_at = kept - done;
         self.bytes = if done == whole.len() { Vec::new() } else { whole.split_off(done) };
         self.bytes.len() <= self.limit
     }
@@ -162,8 +162,9 @@ impl WebSocket {
         memory.input.extend_from_slice(bytes);
         let result = loop {
             match context.read(memory) {
-                Ok(Message::Text(text)) => messages.push(text.into()),
-                Ok(Message::Binary(bytes)) => messages.push(bytes),
+                // All that was read is cut at once, so that it bounds the messages; empty ones are nobody's.
+                Ok(Message::Text(text)) if !text.is_empty() => messages.push(text.into()),
+                Ok(Message::Binary(bytes)) if !bytes.is_empty() => messages.push(bytes),
                 // Answered within: pongs and the closing frame are in the output.
                 Ok(_) => {}
                 Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => break Ok(()),
@@ -173,9 +174,6 @@ impl WebSocket {
                 }
                 Err(Error::Utf8(_)) => break Err(Ended::Broken("ws_not_utf8")),
                 Err(_) => break Err(Ended::Broken("ws_frame_wrong")),
-            }
-            if messages.len() >= MESSAGES_MAX {
-                break Ok(());
             }
         };
         memory.input.drain(..memory.taken);
@@ -409,6 +407,30 @@ mod tests {
             assert_eq!(messages, [Bytes::from("INVITE sip:bob"), Bytes::from(vec![0xff; 300])]);
             assert_eq!(socket.take_output(), [&[0x8a, 13][..], b"are you there"].concat());
         }
+    }
+
+    /// A read full of the smallest frames leaves nothing behind, and is not looked at over and over.
+    #[test]
+    fn the_smallest_frames_are_all_taken() {
+        let socket = socket(1_000);
+        let mut messages = Vec::new();
+        let empty: Vec<u8> = (0..10_000).flat_map(|_| frame(0x81, b"")).collect();
+        socket.receive(&empty, &mut messages).expect("all is in order");
+        assert!(messages.is_empty());
+        assert!(!socket.has_begun());
+        assert_eq!(socket.inner.borrow().memory.input.capacity(), 0, "nothing is kept");
+        // Pings within a message: all are answered, and none is kept for another process.
+        let mut stream = frame(0x01, b"INVITE ");
+        stream.extend((0..10_000).flat_map(|_| frame(0x89, b"")));
+        socket.receive(&stream, &mut messages).expect("all is in order");
+        assert_eq!(socket.take_output().len(), 20_000);
+        assert_eq!(socket.unfinished(), frame(0x01, b"INVITE "));
+        stream.truncate(0);
+        stream.extend(frame(0x80, b"sip:bob"));
+        stream.extend(frame(0x81, b"x"));
+        socket.receive(&stream, &mut messages).expect("all is in order");
+        assert_eq!(messages, [Bytes::from("INVITE sip:bob"), Bytes::from("x")]);
+        assert!(!socket.has_begun());
     }
 
     #[test]

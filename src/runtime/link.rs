@@ -392,6 +392,12 @@ async fn open_unix(address: SocketAddr, timeout: Duration) -> Result<Dialed, Clo
 }
 
 fn cause_of(error: &std::io::Error) -> CloseCause {
+    // connect(2), socket(2): what the process or the machine has no more of.
+    const OURS: [i32; 5] =
+        [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM, libc::EADDRNOTAVAIL];
+    if error.raw_os_error().is_some_and(|number| OURS.contains(&number)) {
+        return CloseCause::Exhausted;
+    }
     match error.kind() {
         std::io::ErrorKind::ConnectionRefused => CloseCause::Refused,
         std::io::ErrorKind::ConnectionReset => CloseCause::Reset,

@@ -6,7 +6,6 @@
 //! its own sender and nobody else.
 
 use std::cell::RefCell;
-use std::io;
 use std::os::fd::BorrowedFd;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -27,7 +26,7 @@ use super::intake::keep_watch;
 use super::link::open;
 use super::socket::Stream;
 use super::stream::Connection;
-use super::way::{Direction, interest, pass};
+use super::way::{Broken, Direction, interest, pass};
 use crate::routing::SendProxy;
 
 /// A flow that would be over within so long keeps its own timer.
@@ -114,6 +113,9 @@ pub(crate) struct Relay<P: Protocol> {
     half_closed: Duration,
     park: Duration,
     by_pipe: bool,
+    /// The backend takes no more; and what it said last was passed on.
+    up_is_dead: bool,
+    had_its_say: bool,
     up: Direction,
     down: Direction,
     last_moved: Instant,
@@ -142,6 +144,8 @@ impl<P: Protocol> Relay<P> {
             half_closed: limits.half_closed,
             park: limits.park,
             by_pipe: limits.by_pipe,
+            up_is_dead: false,
+            had_its_say: false,
             up: Direction::holding(early),
             down: Direction::default(),
             last_moved: now,
@@ -179,6 +183,8 @@ impl<P: Protocol> Relay<P> {
             half_closed: saved.half_closed,
             park: saved.park,
             by_pipe: saved.by_pipe,
+            up_is_dead: false,
+            had_its_say: false,
             up: Direction::restored(saved.up),
             down: Direction::restored(saved.down),
             last_moved: saved.last_moved,
@@ -332,17 +338,30 @@ impl<P: Protocol> Relay<P> {
     }
 
     /// Moves what there is, within bounds; whether there is more.
-    fn turn(&mut self) -> io::Result<bool> {
+    fn turn(&mut self) -> Result<bool, Broken> {
         let mut scratch = self.host.scratch.borrow_mut();
         let mut pipes = self.by_pipe.then(|| self.host.pipes.borrow_mut());
         let mut pipes = pipes.as_deref_mut();
-        self.client.stream.flush()?;
-        self.backend.flush()?;
+        self.client.stream.flush().map_err(|_| Broken::Reader)?;
+        if !self.up_is_dead {
+            self.backend.flush().map_err(|_| Broken::Reader)?;
+        }
         let (client, backend) = (&self.client.stream, &self.backend);
-        let (up, more_up) =
-            pass(client, backend, &mut self.up, &mut scratch, pipes.as_deref_mut())?;
+        let up = pass(client, backend, &mut self.up, &mut scratch, pipes.as_deref_mut());
+        let (up, more_up) = match up {
+            Ok(moved) => moved,
+            Err(Broken::Reader) => return Err(Broken::Reader),
+            Err(Broken::Writer) => {
+                // The backend takes no more. What it said before that is the client's: its own end, or an
+                // error of its reading side, comes behind it.
+                self.up_is_dead = true;
+                self.up = Direction::over();
+                (0, false)
+            }
+        };
         let (down, more_down) = pass(backend, client, &mut self.down, &mut scratch, pipes)?;
         drop(scratch);
+        self.had_its_say |= self.up_is_dead && down > 0;
         if up + down > 0 {
             self.last_moved = Instant::now();
             let state = self.host.state();
@@ -358,7 +377,10 @@ impl<P: Protocol> Relay<P> {
     /// Ends both sides at once.
     fn reset(&self, cause: CloseCause) -> CloseCause {
         self.reset_backend();
-        self.client.close(Closing::Reset, cause);
+        // A reset would take from the client what it has not read yet.
+        let in_order = self.had_its_say && cause == CloseCause::Reset;
+        let how = if in_order { Closing::Flushed } else { Closing::Reset };
+        self.client.close(how, cause);
         self.client.finish()
     }
 
@@ -415,7 +437,11 @@ impl Quiet {
 impl<P: Protocol> Joined for RefCell<Relay<P>> {
     fn save(&self, each: &mut dyn FnMut(SavedRelay, [BorrowedFd<'_>; 2])) {
         let mut relay = self.borrow_mut();
-        let (up, down) = (relay.up.saved(), relay.down.saved());
+        let (Ok(up), Ok(down)) = (relay.up.saved(), relay.down.saved()) else {
+            // Bytes are lost: nobody shall go on with the rest.
+            relay.reset(CloseCause::Reset);
+            return;
+        };
         let (Some(client), Some(backend)) =
             (relay.client.stream.plain_fd(), relay.backend.plain_fd())
         else {
@@ -462,6 +488,7 @@ pub(crate) async fn bridge<P: Protocol>(host: &Rc<Host<P>>, near: &Stream, far: 
             let mut scratch = host.scratch.borrow_mut();
             let passed = near
                 .flush()
+                .map_err(|_| Broken::Writer)
                 .and_then(|()| pass(near, &far, &mut up, &mut scratch, None))
                 .and_then(|(_, more_up)| {
                     let (_, more_down) = pass(&far, near, &mut down, &mut scratch, None)?;

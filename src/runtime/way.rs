@@ -1,11 +1,12 @@
 //! One direction of a relay: bytes pass from one stream to another, copied or through a pipe.
 
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 use tokio::io::Interest;
 
+use super::descriptors::is_one_of_the_last;
 use super::handover::SavedWay;
 use super::socket::Stream;
 
@@ -38,6 +39,10 @@ impl Pipes {
             return Ok(pipe);
         }
         let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        if is_one_of_the_last(writer.as_fd()) {
+            // Those are for what cannot do without.
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
         Ok(Pipe { reader, writer, held: 0 })
     }
 
@@ -50,12 +55,19 @@ impl Pipes {
 
 impl Pipe {
     /// What is in it, for whom it cannot be handed to. It is empty then.
-    fn drain(&mut self) -> Vec<u8> {
+    fn drain(&mut self) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; self.held];
-        let count = rustix::io::read(&self.reader, &mut bytes).unwrap_or(0);
-        bytes.truncate(count);
+        let mut done = 0;
+        while done < bytes.len() {
+            match rustix::io::read(&self.reader, &mut bytes[done..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => done += count,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         self.held = 0;
-        bytes
+        Ok(bytes)
     }
 }
 
@@ -77,6 +89,11 @@ pub(super) struct Direction {
 
 impl Direction {
     /// With something that was read before.
+    /// One that nothing passes through any more.
+    pub(super) fn over() -> Self {
+        Self { ended: true, shut: true, ..Self::default() }
+    }
+
     pub(super) fn holding(rest: Vec<u8>) -> Self {
         Self { rest, ..Self::default() }
     }
@@ -87,11 +104,12 @@ impl Direction {
     }
 
     /// For another process. A pipe's content goes over as bytes, and stays so if the flow stays.
-    pub(super) fn saved(&mut self) -> SavedWay {
+    pub(super) fn saved(&mut self) -> io::Result<SavedWay> {
         if let Some(mut pipe) = self.pipe.take() {
-            self.rest.extend_from_slice(&pipe.drain());
+            self.rest.extend_from_slice(&pipe.drain()?);
         }
-        SavedWay { rest: self.rest[self.written..].to_vec(), ended: self.ended, shut: self.shut }
+        let rest = self.rest[self.written..].to_vec();
+        Ok(SavedWay { rest, ended: self.ended, shut: self.shut })
     }
 
     pub(super) fn is_blocked(&self) -> bool {
@@ -111,6 +129,15 @@ pub(super) fn interest(from: &Direction, to: &Direction, stream: &Stream) -> Opt
     }
 }
 
+/// Which side ended a direction before its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Broken {
+    /// The one that is read from: the flow is over.
+    Reader,
+    /// The one that is written to: it takes no more, and may have said something.
+    Writer,
+}
+
 /// Moves bytes one way until one side blocks or its turn is over; how many the writer took, and whether
 /// there may be more to move at once. With `pipes`, what comes in bulk is not copied.
 pub(super) fn pass(
@@ -119,12 +146,13 @@ pub(super) fn pass(
     way: &mut Direction,
     scratch: &mut [u8],
     mut pipes: Option<&mut Pipes>,
-) -> io::Result<(u64, bool)> {
+) -> Result<(u64, bool), Broken> {
+    let to_writer = |_| Broken::Writer;
     let mut moved = 0;
     let mut more = true;
     for _ in 0..READS_PER_TURN {
         if way.is_blocked() {
-            moved += write_rest(to, way)?;
+            moved += write_rest(to, way).map_err(to_writer)?;
             if way.is_blocked() {
                 return Ok((moved, false));
             }
@@ -138,13 +166,16 @@ pub(super) fn pass(
         };
         let result = match count {
             Some(result) => result,
-            None => from.try_read(scratch).and_then(|count| {
-                way.bulk = count == scratch.len();
-                let taken = write(to, &scratch[..count])?;
-                moved += taken as u64;
-                way.rest.extend_from_slice(&scratch[taken..count]);
-                Ok(count)
-            }),
+            None => match from.try_read(scratch) {
+                Ok(count) => {
+                    way.bulk = count == scratch.len();
+                    let taken = write(to, &scratch[..count]).map_err(to_writer)?;
+                    moved += taken as u64;
+                    way.rest.extend_from_slice(&scratch[taken..count]);
+                    Ok(count)
+                }
+                failed => failed,
+            },
         };
         match result {
             Ok(0) => way.ended = true,
@@ -153,12 +184,12 @@ pub(super) fn pass(
                 more = false;
                 break;
             }
-            Err(error) => return Err(error),
+            Err(_) => return Err(Broken::Reader),
         }
     }
     // What the last read brought may be in the pipe.
     if way.is_blocked() {
-        moved += write_rest(to, way)?;
+        moved += write_rest(to, way).map_err(to_writer)?;
     }
     if let Some(pipes) = pipes
         && let Some(pipe) = way.pipe.take_if(|pipe| pipe.held == 0)
@@ -166,12 +197,12 @@ pub(super) fn pass(
         pipes.give_back(*pipe);
     }
     if way.ended && !way.is_blocked() && !way.shut {
-        to.flush()?;
+        to.flush().map_err(to_writer)?;
         if to.has_unsent() {
             return Ok((moved, false));
         }
         way.shut = true;
-        to.shutdown_write()?;
+        to.shutdown_write().map_err(to_writer)?;
     }
     Ok((moved, more && !way.ended && !way.is_blocked()))
 }
@@ -194,7 +225,7 @@ fn write_rest(to: &Stream, way: &mut Direction) -> io::Result<u64> {
         let call = |to: BorrowedFd<'_>| Ok(splice(&pipe.reader, None, to, None, held, FLAGS)?);
         let Some(result) = to.try_io(Interest::WRITABLE, call) else {
             // It has become something else than a socket: the bytes go as others do.
-            way.rest = pipe.drain();
+            way.rest = pipe.drain()?;
             break;
         };
         match result {

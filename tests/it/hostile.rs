@@ -329,6 +329,9 @@ fn a_lack_of_descriptors_is_survived() {
     }
     assert!(served.len() >= 30 && refused >= 150, "{} served, {refused} refused", served.len());
     assert!(sum("strowger_protocol_total", "\"descriptors_short\"") >= f64::from(refused));
+    // It is no fault of the backend's.
+    let blamed = sum("strowger_retries_total", "unreachable");
+    assert!(blamed == 0.0, "{blamed} times the backend was taken to be unreachable");
     // While it lasts: the processor is idle.
     let before = cpu(&process);
     thread::sleep(Duration::from_secs(2));

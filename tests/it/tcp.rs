@@ -71,6 +71,37 @@ fn a_half_closing_client_gets_everything() {
     edge.until("the flow to end", |edge| edge.instance("db", "a")["in_flight"] == 0);
 }
 
+/// A server that answers before it has read all, and closes: the client hears the answer, though the server
+/// takes no more of what it sends.
+#[test]
+fn an_early_answer_reaches_a_client_that_still_sends() {
+    const ANSWER: &[u8] = b"that is too much";
+    let (port, one) = (free_port(), free_port());
+    let listener = TcpListener::bind(("127.0.0.1", one)).expect("a free port");
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut some = [0; 1_000];
+            let _read = stream.read(&mut some);
+            let _gone = stream.write_all(ANSWER);
+            // What is not read makes a reset of it.
+        }
+    });
+    let _edge = Edge::start(&config(port, &[("a", one)], "source"));
+    for _ in 0..20 {
+        let mut stream = connect(port);
+        let mut writer = stream.try_clone().expect("a handle");
+        let writing = thread::spawn(move || {
+            let _refused = writer.write_all(&vec![7; 4_000_000]);
+        });
+        let mut got = vec![0; ANSWER.len()];
+        stream.read_exact(&mut got).expect("the answer");
+        assert_eq!(got, ANSWER);
+        drop(stream);
+        writing.join().expect("it ends");
+    }
+}
+
 #[test]
 fn a_dead_backend_is_passed_over_and_a_dead_pool_resets() {
     let (port, dead, one) = (free_port(), free_port(), free_port());

@@ -162,8 +162,11 @@ pub enum CloseCause {
     Refused,
     /// It could not be opened: no answer in time.
     ConnectTimeout,
-    /// It could not be opened: no route, no address, or no local resource.
+    /// It could not be opened: no route, no address.
     Unreachable,
+    /// It could not be opened for want of something of ours: a descriptor, memory, a free port. No fault of
+    /// the far side's, and no other one would be reached either.
+    Exhausted,
     /// Nothing passed for too long.
     Idle,
     /// The stream could no longer be cut into messages.
@@ -195,6 +198,7 @@ impl CloseCause {
             Self::Refused => "refused",
             Self::ConnectTimeout => "connect_timeout",
             Self::Unreachable => "unreachable",
+            Self::Exhausted => "no_local_resource",
             Self::Idle => "idle",
             Self::Framing => "framing",
             Self::Overflow => "overflow",

@@ -247,6 +247,14 @@ impl TcpEngine {
             self.flows.remove(&id);
             return;
         }
+        if cause == CloseCause::Exhausted {
+            // Another backend would need the same descriptor.
+            let (arrived, class) = (flow.arrived, flow.class);
+            self.flows.remove(&id);
+            out.note(Note::Count("no_local_resource"));
+            note(now, arrived, class, RequestOutcome::Failed, out);
+            return out.close(Endpoint::Client(id), Closing::Reset);
+        }
         out.note(Note::Retry(cause.word()));
         self.join(now, id, router, out);
     }

@@ -197,6 +197,8 @@ impl UdpEngine {
         out.close(Endpoint::Outward(number), Closing::Flushed);
         flow.tried = vec![from];
         flow.owed = 0;
+        // As a new one: if nobody is there either, the datagram can go to a third.
+        self.flows.moved(number);
         self.keep(now, number, bytes, out);
         self.go(now, number, route, router, out);
         true

@@ -180,6 +180,13 @@ impl Flows {
         self.append(number);
     }
 
+    /// It has another backend, which has answered nothing yet.
+    pub(crate) fn moved(&mut self, number: u32) {
+        self.unlink(number);
+        self.slab[number as usize].answered = None;
+        self.append(number);
+    }
+
     /// The flow that makes room: of those that nobody has answered the one that was silent longest,
     /// else of all. So a flood of made-up sources pushes out itself first.
     pub(crate) fn weakest(&self) -> Option<u32> {

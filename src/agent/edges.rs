@@ -204,9 +204,14 @@ impl Task {
         let Some(registration) = &stand.registration else {
             return self.leave(stand).await;
         };
-        if self.told.as_ref().is_none_or(|told| !same_but_state(told, registration)) {
+        let fresh = self.told.as_ref().is_none_or(|told| !same_but_state(told, registration));
+        if fresh {
             self.register(stand, registration).await?;
         }
+        // It may have forgotten us; but not at once.
+        let again = |status, text: &[u8]| {
+            if fresh { Err(words(status, text)) } else { Ok(Some(Duration::ZERO)) }
+        };
         let draining = registration.state == LeaseState::Draining;
         if draining && self.drained != Some(stand.generation) {
             let body = json!({ "deadline_s": stand.drain_s.max(1) });
@@ -215,7 +220,7 @@ impl Task {
                 200..300 => self.drained = Some(stand.generation),
                 404 => {
                     self.told = None;
-                    return Ok(Some(Duration::ZERO));
+                    return again(status, &text);
                 }
                 _ => return Err(words(status, &text)),
             }
@@ -231,7 +236,7 @@ impl Task {
                 self.drained = None;
                 self.view.acked = Acked::Nothing;
                 return if status == 404 {
-                    Ok(Some(Duration::ZERO))
+                    again(status, &text)
                 } else {
                     Err(words(status, &text))
                 };

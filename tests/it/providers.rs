@@ -202,6 +202,11 @@ fn cloud_foundrys_messages_over_a_real_server() {
     let overtaken = |edge: &Edge| edge.metric("strowger_registrations_total", &["out_of_order"]);
     edge.until("overtaken", |edge| overtaken(edge) == 2.0);
     assert!(is_there(&edge, &two) && !is_there(&edge, &one));
+    // Somebody else's farewell is none of its own, however new it says it is.
+    bus.publish("router.unregister", &at("one", NOW + 1_000));
+    edge.until("late", |edge| {
+        edge.metric("strowger_registrations_total", &["late_farewell"]) == 2.0
+    });
     bus.publish("router.unregister", &at("two", NOW + 1));
     edge.until("left", |edge| !is_there(edge, &two));
     bus.publish("router.register", &at("two", NOW));

@@ -45,6 +45,14 @@ fn the_lease_api() {
     let (code, answer) = put(&edge, "b", 1, one);
     assert_eq!((code, answer["holder"]["instance"].as_str()), (409, Some("a")), "{answer}");
     assert_eq!(put(&edge, "b", 1, two).0, 201);
+    // The same name on another host is another instance.
+    let elsewhere = body(8, two).replace("h1", "h2");
+    let (code, answer) = call(&edge, "PUT", "/api/v1/pools/ims/instances/a", &elsewhere);
+    assert_eq!((code, answer["host"].as_str()), (409, Some("h1")), "{answer}");
+    // What no listener of the pool could be sent to is told at once.
+    let unfit = body(1, free_port()).replace("\"sip\"", "\"diameter\"").replace("udp:", "tcp:");
+    let (code, answer) = call(&edge, "PUT", "/api/v1/pools/ims/instances/d", &unfit);
+    assert!((400..500).contains(&code) && answer.to_string().contains("sip"), "{code} {answer}");
     let lease = "/api/v1/pools/ims/instances/a/lease";
     let (code, answer) = call(&edge, "PATCH", lease, "{\"load\":37,\"state\":\"ready\"}");
     assert_eq!((code, answer["sessions"].as_u64()), (200, Some(0)), "{answer}");
@@ -208,7 +216,7 @@ fn yaml_and_leases_are_one_pool() {
 fn a_token_may_what_its_line_says() {
     let folder = tempfile::TempDir::new().expect("a folder");
     let file = folder.path().join("tokens.yaml");
-    let tokens = "tokens:\n  - { name: agent, token: aaaaaaaaaaaaaaaa, pools: [ims], rights: [register] }\n  - { name: eyes, token: bbbbbbbbbbbbbbbb, rights: [read] }\n";
+    let tokens = "tokens:\n  - { name: agent, token: aaaaaaaaaaaaaaaa, pools: [ims], rights: [register] }\n  - { name: eyes, token: bbbbbbbbbbbbbbbb, rights: [read] }\n  - { name: hands, token: cccccccccccccccc, pools: [ims], rights: [drain] }\n";
     std::fs::write(&file, tokens).expect("written");
     let yaml = config(free_port(), "")
         .replace("listen: ADMIN", &format!("listen: ADMIN, permissions_file: {}", file.display()));
@@ -232,6 +240,11 @@ fn a_token_may_what_its_line_says() {
     assert_eq!(ask(agent, "PUT", "/api/v1/pools/other/instances/a", &body(1, 1)), 403);
     assert_eq!(ask(agent, "POST", &format!("{instance}/drain"), ""), 403);
     assert_eq!(ask(agent, "GET", "/api/v1/pools", ""), 403);
+    let hands = "cccccccccccccccc";
+    let named_so = "/api/v1/pools/ims/instances/drain";
+    assert_eq!(ask(hands, "PUT", named_so, &body(1, free_port())), 403, "that is no drain");
+    assert_eq!(ask(hands, "PUT", &format!("{instance}-undrain"), &body(1, free_port())), 403);
+    assert!((200..300).contains(&ask(hands, "POST", &format!("{instance}/drain"), "")));
     assert_eq!(ask(eyes, "GET", "/api/v1/pools", ""), 200);
     assert_eq!(ask(eyes, "PUT", "/api/v1/config", "version: 1"), 403);
     assert_eq!(ask("wrong", "GET", "/api/v1/pools", ""), 401);

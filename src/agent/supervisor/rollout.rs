@@ -77,14 +77,23 @@ pub(crate) struct Figures {
 impl Machine {
     /// Brings a release in.
     pub(crate) fn roll(&mut self, now: Millis, to: u64, actions: &mut Vec<Action>) {
-        let from = self.current;
-        if from == to {
+        if self.current == to {
             return;
         }
+        let mut from = self.current;
         if let Some(under_way) = self.rollout.take() {
             self.note_end(&under_way, "aborted", "another release came");
+            // What was coming in has proven nothing: the release of before carries on until the new one can.
+            if under_way.stage != Stage::Finishing {
+                from = under_way.from;
+            }
         }
         self.current = to;
+        if from == to {
+            let detail = format!("release {to}: another one was coming in");
+            actions.push(Action::Tell(String::new(), "rolled_back", detail));
+            return;
+        }
         // Nothing of the old one runs: there is nothing to be careful with.
         if !self.instances.values().any(|it| it.release != to && !it.retire) {
             return;

@@ -48,7 +48,10 @@ impl Machine {
             self.count = needed.max(self.count + 1).min(plan.max);
             self.scale.out_at = Some(now);
         }
-        let fits = |count: u32| sessions <= u64::from(count) * target * IN_PERCENT / 100;
+        let fits = |count: u32| {
+            let room = u128::from(count) * u128::from(target) * u128::from(IN_PERCENT) / 100;
+            u128::from(sessions) <= room
+        };
         if self.count > plan.min && !misses && fits(self.count - 1) {
             let since = *self.scale.low_since.get_or_insert(now);
             if now.saturating_sub(since) >= millis(plan.in_cooldown) {

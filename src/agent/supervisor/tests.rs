@@ -393,6 +393,43 @@ fn the_world_of_instances() {
     );
 }
 
+/// A release that comes while another one is coming in replaces that one; those that serve go on until it can.
+#[test]
+fn a_release_during_a_rollout_leaves_the_stable_one_serving() {
+    let mut world = World::new(7);
+    for _ in 0..200 {
+        world.tick(true);
+    }
+    let serving = |world: &World| {
+        let own = world.machine.instances.values();
+        own.filter(|it| it.release == 1 && it.ready && !it.retire).count()
+    };
+    assert_eq!(serving(&world), 3);
+    for number in [2, 3] {
+        let mut app = app(serde_json::json!({}));
+        app.rollout.strategy = serde_json::from_value("blue-green".into()).expect("a strategy");
+        world.machine.releases.push(release(number, app));
+        let mut actions = Vec::new();
+        world.machine.roll(world.now, number, &mut actions);
+        world.act(actions);
+        for _ in 0..5 {
+            world.tick(true);
+            assert_eq!(serving(&world), 3, "while release {number} comes in");
+        }
+    }
+    let rollout = world.machine.rollout.as_ref().expect("it is under way");
+    assert_eq!((rollout.from, rollout.to), (1, 3));
+    // Back to what serves: nothing is left to roll.
+    let mut actions = Vec::new();
+    world.machine.roll(world.now, 1, &mut actions);
+    world.act(actions);
+    assert!(world.machine.rollout.is_none());
+    for _ in 0..100 {
+        world.tick(true);
+        assert_eq!(serving(&world), 3);
+    }
+}
+
 #[test]
 fn pauses_grow_and_a_crash_loop_stops_it() {
     let mut machine = machine(

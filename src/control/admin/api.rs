@@ -169,10 +169,17 @@ fn what_is_asked(method: &Method, path: &str) -> (Right, Option<String>) {
     match pool {
         // Its pools stand in the body; they are looked at there.
         None if path.starts_with("/routing/v1/") => (Right::Register, None),
-        Some(pool) if path.ends_with("drain") => (Right::Drain, Some(pool)),
+        Some(pool) if is_drain(path) => (Right::Drain, Some(pool)),
         Some(pool) => (Right::Register, Some(pool)),
         None => (Right::Config, None),
     }
+}
+
+/// Whether a path of a pool is that of a drain or its end: the last of exactly so many parts, not what an
+/// instance's id may end in.
+fn is_drain(path: &str) -> bool {
+    let parts: Vec<&str> = path.trim_start_matches('/').split('/').collect();
+    matches!(parts[..], ["api", "v1", "pools", _, "instances", _, "drain" | "undrain"])
 }
 
 /// Percent-encoding undone, as the path's own reader does.

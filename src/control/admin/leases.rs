@@ -121,6 +121,11 @@ fn refused(shared: &Arc<Shared>, pool: &str, id: &str, error: &RegistryError) ->
             "Another source holds the instance",
             json!({ "source": source }),
         ),
+        RegistryError::Refused(Refused::OtherHost(host)) => problem(
+            StatusCode::CONFLICT,
+            "An instance of that id is alive on another host",
+            json!({ "host": host, "detail": "ids are unique in a pool: name the apps of two hosts differently" }),
+        ),
         RegistryError::Refused(Refused::Full) => {
             problem(StatusCode::CONFLICT, "The pool is full", json!({ "pool": pool }))
         }

@@ -64,13 +64,22 @@ impl Feed {
     /// known of an address was overtaken on its way, and counts no more: neither does an instance come
     /// back that has left, nor does one end who came after it.
     pub fn take_changed_at(&self, changed: i64, actions: Result<Vec<Action>, Rejected>) {
-        let actions = actions.map(|mut actions| {
-            actions.retain(|action| self.is_latest(changed, action));
-            actions
-        });
-        match actions {
-            Ok(actions) => actions.into_iter().for_each(|action| self.apply(action)),
-            Err((word, why)) => self.reject(word, &why),
+        let actions = match actions {
+            Ok(actions) => actions,
+            Err((word, why)) => return self.reject(word, &why),
+        };
+        for action in actions {
+            let key = place_of(&action).filter(|_| changed > 0);
+            if key.as_ref().is_some_and(|key| self.is_overtaken(changed, key)) {
+                self.metrics.registration(&self.source, "out_of_order");
+                continue;
+            }
+            // What had no effect (somebody else's late farewell) says nothing of who is there.
+            if self.apply(action)
+                && let Some(key) = key
+            {
+                self.note_change(changed, key);
+            }
         }
     }
 
@@ -84,31 +93,21 @@ impl Feed {
         }
     }
 
-    fn is_latest(&self, changed: i64, action: &Action) -> bool {
-        if changed <= 0 {
-            return true;
-        }
-        let (pool, address) = match action {
-            Action::Put { pool, registration, .. } => {
-                let Some(endpoint) = registration.endpoints.first() else { return true };
-                (pool, &endpoint.address)
-            }
-            Action::Remove { pool, address, .. } => (pool, address),
-        };
-        let key = (pool.clone(), address.clone());
+    fn is_overtaken(&self, changed: i64, key: &(String, String)) -> bool {
+        let changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
+        changes.get(key).is_some_and(|known| *known > changed)
+    }
+
+    fn note_change(&self, changed: i64, key: (String, String)) {
         let mut changes = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
-        if changes.get(&key).is_some_and(|known| *known > changed) {
-            self.metrics.registration(&self.source, "out_of_order");
-            return false;
-        }
         if changes.len() >= CHANGES_MAX && !changes.contains_key(&key) {
             changes.clear();
         }
         changes.insert(key, changed);
-        true
     }
 
-    fn apply(&self, action: Action) {
+    /// Whether it had an effect.
+    fn apply(&self, action: Action) -> bool {
         match action {
             Action::Put { pool, id, mut registration } => {
                 // Without an instance id the address is the name; another app there is another
@@ -116,9 +115,10 @@ impl Feed {
                 if let Some(known) = self.registry.view(&pool, &id) {
                     let known = known.registration;
                     let same = known.release == registration.release;
-                    registration.generation = known.generation + u64::from(!same);
+                    registration.generation = known.generation.saturating_add(u64::from(!same));
                 }
                 let put = self.registry.put(&pool, &id, registration, &self.source, true);
+                let done = put.is_ok();
                 if let Err(error) = put {
                     let detail = format!("{}: {pool}/{id}: {error}", self.source);
                     let level = match error {
@@ -127,6 +127,7 @@ impl Feed {
                     };
                     self.events.emit(Event::node(level, "registration_refused", detail));
                 }
+                done
             }
             Action::Remove { pool, address, id } => {
                 let holder = self.registry.holder(&self.source, &pool, &address);
@@ -135,12 +136,30 @@ impl Feed {
                         // Nobody else deletes what this source brought in.
                         let _gone = self.registry.delete(&pool, &holder, None);
                         self.metrics.registration(&self.source, "removed");
+                        true
                     }
                     // Its place is another's by now: a late farewell.
-                    Some(_) => self.metrics.registration(&self.source, "late_farewell"),
-                    None => self.metrics.registration(&self.source, "unknown"),
+                    Some(_) => {
+                        self.metrics.registration(&self.source, "late_farewell");
+                        false
+                    }
+                    // It may have overtaken what it ends.
+                    None => {
+                        self.metrics.registration(&self.source, "unknown");
+                        true
+                    }
                 }
             }
         }
+    }
+}
+
+/// The pool and address that an action is about.
+fn place_of(action: &Action) -> Option<(String, String)> {
+    match action {
+        Action::Put { pool, registration, .. } => {
+            Some((pool.clone(), registration.endpoints.first()?.address.clone()))
+        }
+        Action::Remove { pool, address, .. } => Some((pool.clone(), address.clone())),
     }
 }

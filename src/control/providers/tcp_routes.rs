@@ -211,7 +211,7 @@ impl TcpRoutes {
         let before = routes.get(&route.key()).map(|known| known.route.modification_tag.clone());
         if route.modification_tag.guid.is_empty() {
             route.modification_tag = match before {
-                Some(tag) => ModificationTag { index: tag.index + 1, ..tag },
+                Some(tag) => ModificationTag { index: tag.index.wrapping_add(1), ..tag },
                 None => {
                     ModificationTag { guid: format!("{}-{}", route.id(), route.port), index: 0 }
                 }

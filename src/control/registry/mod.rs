@@ -65,6 +65,8 @@ pub struct Registry {
 #[derive(Default)]
 struct Inner {
     model: Model,
+    /// What the listeners of each pool speak.
+    protocols: HashMap<String, Vec<&'static str>>,
     /// What stands in YAML: (pool, id), and addresses.
     fixed_ids: HashSet<(String, String)>,
     fixed_addresses: HashMap<String, (String, String)>,
@@ -281,6 +283,14 @@ impl Registry {
         if !inner.pools.contains(pool) {
             return Err(RegistryError::NoPool);
         }
+        if let Some(protocols) = inner.protocols.get(pool).filter(|known| !known.is_empty())
+            && registration.endpoint_for(protocols).is_none()
+        {
+            return Err(RegistryError::Bad(format!(
+                "endpoints: none is for pool {pool}: expected one of protocol {}",
+                protocols.join(" or ")
+            )));
+        }
         if inner.fixed_ids.contains(&(pool.to_owned(), id.to_owned())) {
             return Err(RegistryError::Configured(format!("the id {id}")));
         }
@@ -489,7 +499,8 @@ impl Registry {
         for pool in &mut spec.pools {
             let id = names.id(&pool.name);
             let of_pool = spec.listeners.iter().filter(|listener| listener.pools.contains(&id));
-            let protocols: Vec<&str> = of_pool.map(|listener| listener.protocol).collect();
+            let protocols: Vec<&'static str> = of_pool.map(|listener| listener.protocol).collect();
+            inner.protocols.insert(pool.name.clone(), protocols.clone());
             for (id, lease) in inner.model.pool(&pool.name) {
                 let Some(backend) = types::backend_of(id, lease, &protocols) else { continue };
                 let clashes = |other: &BackendSpec| {
@@ -610,6 +621,7 @@ impl Registry {
 impl Inner {
     /// Notes what the configuration itself has.
     fn note_configured(&mut self, spec: &SnapshotSpec) {
+        self.protocols.clear();
         self.fixed_ids.clear();
         self.fixed_addresses.clear();
         self.pools = spec.pools.iter().map(|pool| pool.name.clone()).collect();

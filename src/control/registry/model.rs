@@ -133,6 +133,9 @@ pub enum Refused {
     /// The source that holds it is another.
     #[error("{0} holds it")]
     OtherSource(SourceName),
+    /// A living instance of that id is on another host.
+    #[error("an instance of that id is alive on host {0}")]
+    OtherHost(String),
     /// The pool is full.
     #[error("the pool is full")]
     Full,
@@ -320,6 +323,11 @@ impl Model {
             }
             if known.source != source && !known.is_lapsed() {
                 return Err(Refused::OtherSource(known.source.clone()));
+            }
+            // Two hosts that give an app the same name would take each other's place for ever.
+            let (there, here) = (&known.registration.locality.host, &registration.locality.host);
+            if !there.is_empty() && !here.is_empty() && there != here && !known.is_lapsed() {
+                return Err(Refused::OtherHost(there.clone()));
             }
         } else if self.pools.get(pool).is_some_and(|leases| leases.len() >= LEASES_MAX) {
             return Err(Refused::Full);

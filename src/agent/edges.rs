@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -42,6 +42,9 @@ pub(crate) struct Place {
     pub(crate) edge: String,
     pub(crate) pool: String,
 }
+
+/// How long an edge is tried to be told that an instance is registered there no more.
+const LEAVES_WITHIN: Duration = Duration::from_secs(60);
 
 /// How it is to stand there.
 #[derive(Clone, Debug, PartialEq)]
@@ -86,6 +89,7 @@ impl Edges {
         std::thread::Builder::new().name("edges".to_owned()).spawn(move || {
             runtime.block_on(async move {
                 let mut tasks: HashMap<Place, watch::Sender<Stand>> = HashMap::new();
+                let mut leaving: Vec<(Instant, Place, watch::Sender<Stand>)> = Vec::new();
                 let tls = Arc::new(Store::default());
                 let mut files = tokio::time::interval(FILES_EVERY);
                 loop {
@@ -95,12 +99,25 @@ impl Edges {
                         },
                         _ = files.tick() => {
                             look_at_files(&tls);
+                            leaving.retain(|(since, ..)| since.elapsed() < LEAVES_WITHIN);
                             continue;
                         }
                     }
                     let wanted = Arc::clone(&changes.borrow_and_update());
-                    tasks.retain(|place, _| wanted.contains_key(place));
+                    // What the manifest names no more is to leave, not only to be forgotten here.
+                    let gone: Vec<Place> =
+                        tasks.keys().filter(|place| !wanted.contains_key(place)).cloned().collect();
+                    for place in gone {
+                        if let Some(task) = tasks.remove(&place) {
+                            task.send_modify(|stand| stand.registration = None);
+                            leaving.push((Instant::now(), place, task));
+                        }
+                    }
                     for (place, stand) in wanted.iter() {
+                        if let Some(at) = leaving.iter().position(|(_, left, _)| left == place) {
+                            let (_, place, task) = leaving.swap_remove(at);
+                            tasks.insert(place, task);
+                        }
                         if let Some(task) = tasks.get(place) {
                             task.send_if_modified(|known| {
                                 let differs = known.differs(stand);

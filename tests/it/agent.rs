@@ -81,3 +81,28 @@ fn a_plain_program_lives_by_its_manifest_and_survives_the_agent() {
     assert_eq!(processes(&format!("--dir {state}")).len(), 0);
     assert!(agent.process.wait(Duration::ZERO).is_none(), "the agent runs on");
 }
+
+/// An edge that a manifest names no more is told so: its leases do not run out, they end.
+#[test]
+fn an_edge_that_is_left_out_is_told() {
+    if !has("python3") {
+        return;
+    }
+    let (one, two) = (
+        Edge::start(&edge(free_port(), free_port(), free_port())),
+        Edge::start(&edge(free_port(), free_port(), free_port())),
+    );
+    let agent = Agent::start(&["--ports", &ports()]);
+    let alone = web(&one, 1, "").replace("lease: 3s", "lease: 60s");
+    let first = format!("http://{}", one.admin);
+    let both = alone.replace(&first, &format!("{first}, http://{}", two.admin));
+    agent.apply(&both);
+    for edge in [&one, &two] {
+        edge.until("registered", |edge| state_at(edge, "web", "web-0") == "ready");
+    }
+    let before = agent.pids("web");
+    agent.apply(&alone);
+    two.until("gone", |edge| state_at(edge, "web", "web-0").is_empty());
+    assert_eq!(state_at(&one, "web", "web-0"), "ready");
+    assert_eq!(agent.pids("web"), before, "the process is the same");
+}

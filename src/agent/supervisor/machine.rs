@@ -44,6 +44,7 @@ impl Machine {
     /// Time goes on.
     pub(crate) fn step(&mut self, now: Millis, ports: &mut Ports) -> Vec<Action> {
         let mut actions = Vec::new();
+        self.forget_places();
         self.autoscale(now, &mut actions);
         let wanted = self.targets(now, &mut actions);
         self.reconcile(now, &wanted, &mut actions);
@@ -52,6 +53,21 @@ impl Machine {
             self.tick(now, &id, ports, &mut actions);
         }
         actions
+    }
+
+    /// What edges and pools said that the manifest names no more counts no more.
+    fn forget_places(&mut self) {
+        let places: Vec<(String, Vec<(String, String)>)> = self
+            .instances
+            .values()
+            .filter(|it| !it.views.is_empty())
+            .map(|it| (it.id.clone(), self.places(self.app_of(it))))
+            .collect();
+        for (id, places) in places {
+            if let Some(instance) = self.instances.get_mut(&id) {
+                instance.views.retain(|place, _| places.contains(place));
+            }
+        }
     }
 
     /// What the manifest says of an instance's release; the current one for one that is forgotten.

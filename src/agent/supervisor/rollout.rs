@@ -74,6 +74,9 @@ pub(crate) struct Figures {
     pub(crate) samples: u64,
 }
 
+/// How long an edge's figures count, in milliseconds.
+const FIGURES_HOLD: Millis = 60_000;
+
 impl Machine {
     /// Brings a release in.
     pub(crate) fn roll(&mut self, now: Millis, to: u64, actions: &mut Vec<Action>) {
@@ -232,7 +235,7 @@ impl Machine {
             }
             (strategy, Stage::Watching) => {
                 let enough =
-                    self.figures(rollout.to).samples >= plan.gate.min_samples || total == 0;
+                    self.figures(now, rollout.to).samples >= plan.gate.min_samples || total == 0;
                 if held >= millis(plan.hold) && enough {
                     let last = rollout.step as usize + 1 >= plan.steps.len();
                     if strategy == Strategy::Canary && !last {
@@ -299,14 +302,18 @@ impl Machine {
         if rollout.stage == Stage::Finishing {
             return None;
         }
-        judge(&plan.gate, self.figures(rollout.to), self.figures(rollout.from))
+        judge(&plan.gate, self.figures(now, rollout.to), self.figures(now, rollout.from))
     }
 
     /// What edges say of a release.
-    pub(crate) fn figures(&self, release: u64) -> Figures {
+    pub(crate) fn figures(&self, now: Millis, release: u64) -> Figures {
         let (mut samples, mut missed) = (0, 0.0);
         for instance in self.instances.values().filter(|it| it.release == release) {
-            let views = instance.views.values().filter(|it| it.generation == instance.generation);
+            // They are of the last minute before they were told: of an edge that is not heard of they say
+            // nothing of now.
+            let views = instance.views.values().filter(|it| {
+                it.generation == instance.generation && now.saturating_sub(it.heard) <= FIGURES_HOLD
+            });
             for view in views {
                 samples += view.samples;
                 missed += view.samples as f64 * view.miss_ppm as f64 / 1e6;

@@ -37,7 +37,7 @@ impl Machine {
             sessions += instance.sessions();
             up += u32::from(instance.ready && matches!(instance.phase, Phase::Running { .. }));
         }
-        let figures = self.figures(self.current);
+        let figures = self.figures(now, self.current);
         let misses = figures.samples >= SAMPLES_MIN && figures.miss_percent > plan.miss_percent;
         let target = plan.sessions_per_instance;
         let needed = u32::try_from(sessions.div_ceil(target)).unwrap_or(u32::MAX);

@@ -4,6 +4,7 @@
 
 mod api;
 mod calls;
+mod guarded;
 mod leases;
 mod routing;
 mod tls;
@@ -16,6 +17,8 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use guarded::Guarded;
 
 use crate::control::config::Permission;
 use crate::control::providers::TcpRoutes;
@@ -107,14 +110,16 @@ pub async fn serve(
     let app: Router = api::router(backend, token, REQUESTS_MAX, BODY_BYTES_MAX, REQUEST_TIMEOUT);
     let ended = async move { shutdown.cancelled().await };
     if let Some((server, handshake)) = tls {
-        let events = Arc::clone(&events);
-        let Ok(listener) = tls::TlsListener::new(listener, server, handshake, events) else {
+        let told = Arc::clone(&events);
+        let Ok(listener) = tls::TlsListener::new(listener, server, handshake, told) else {
             return;
         };
+        let listener = Guarded::new(listener, events);
         let app = app.into_make_service_with_connect_info::<tls::Peer>();
         let _ended = axum::serve(listener, app).with_graceful_shutdown(ended).await;
         return;
     }
     // It ends only by `shutdown`; open event streams are cut with the process.
+    let listener = Guarded::new(listener, events);
     let _ended = axum::serve(listener, app).with_graceful_shutdown(ended).await;
 }

@@ -13,6 +13,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
+use super::guarded::Guarded;
 use crate::observe::{Event, Events};
 use crate::tls::Server;
 
@@ -29,9 +30,9 @@ pub(super) struct Peer {
     pub(super) certificate: Option<Arc<Certificate>>,
 }
 
-impl Connected<IncomingStream<'_, TlsListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, TlsListener>) -> Self {
-        let (_, session) = stream.io().get_ref();
+impl Connected<IncomingStream<'_, Guarded<TlsListener>>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, Guarded<TlsListener>>) -> Self {
+        let (_, session) = stream.io().get_ref().get_ref();
         let shown = session.peer_certificates().and_then(<[_]>::first);
         let certificate = shown.map(|der| Arc::new(crate::tls::certificate(der)));
         Self { certificate }

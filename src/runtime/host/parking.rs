@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
@@ -40,6 +41,17 @@ const RETURN_AFTER_QUIET: usize = 64;
 /// ... and so much time has passed: it holds the worker for some milliseconds.
 const RETURN_EVERY: Duration = Duration::from_secs(5);
 
+/// Whether the process's allocator may be asked now: it is one for all listeners and workers.
+fn claims_return(now: Instant) -> bool {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= RETURN_EVERY);
+    if is_due {
+        *last = Some(now);
+    }
+    is_due
+}
+
 /// One idle flow.
 struct Parked {
     flow: FlowId,
@@ -64,7 +76,6 @@ pub(super) struct Lot {
     since_return: usize,
     /// The same, at the last look.
     was_since_return: usize,
-    returned: Option<Instant>,
 }
 
 impl Lot {
@@ -99,12 +110,12 @@ impl Lot {
     fn is_to_return(&mut self, now: Instant) -> bool {
         let since = self.since_return;
         let is_quiet = std::mem::replace(&mut self.was_since_return, since) == since;
-        let is_due = self.returned.is_none_or(|last| now - last >= RETURN_EVERY);
         let is_worth = since >= RETURN_AFTER || is_quiet && since >= RETURN_AFTER_QUIET;
-        if is_due && is_worth {
-            (self.since_return, self.returned) = (0, Some(now));
+        let is_due = is_worth && claims_return(now);
+        if is_due {
+            self.since_return = 0;
         }
-        is_due && is_worth
+        is_due
     }
 
     fn take(&mut self, key: u32) -> Option<Parked> {

@@ -3,13 +3,15 @@
 // The rest of the project denies it; this folder is where it is allowed.
 #![allow(unsafe_code)]
 
+/// The largest page that a Linux of ours may be built with: what is a multiple of it is one of all others.
+const PAGE_MAX: usize = 64 * 1_024;
+
 /// Asks for large pages in this memory: a look-up at random then misses the address cache less often.
 /// A wish; where the kernel has none, small ones do.
 pub fn prefer_large_pages(memory: std::ops::Range<*const u8>) {
-    let page = rustix::param::page_size();
     // Outwards, so that neighbouring pieces become one piece that large pages fit into.
-    let start = memory.start.addr() / page * page;
-    let length = memory.end.addr().next_multiple_of(page).saturating_sub(start);
+    let start = memory.start.addr() / PAGE_MAX * PAGE_MAX;
+    let length = memory.end.addr().next_multiple_of(PAGE_MAX).saturating_sub(start);
     // SAFETY: madvise(2): "MADV_HUGEPAGE: Enable Transparent Huge Pages (THP) for pages in the range
     // specified by addr and length", of the kind of which it says that "the application semantics are
     // not changed". What it has no mapping for fails with ENOMEM and nothing else.

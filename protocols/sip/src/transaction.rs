@@ -11,9 +11,9 @@ use strowger_contract::{
     BackendId, CallRecord, ClassId, Endpoint, Pin, PoolId, SessionKey, Ticket, Transport,
 };
 
+use crate::branch::BRANCH_BYTES;
 use crate::calls::DialogKey;
 use crate::method::Method;
-use crate::via::Via;
 
 /// How many legs one request may have in all: forks, fail-overs, redirections. With it, a request
 /// that comes in once goes out at most so many times, each repeated by RFC 3261's timers only.
@@ -101,10 +101,17 @@ pub(crate) struct Leg {
 impl Leg {
     /// The branch that the request went out with: of the first Via, which is ours.
     pub(crate) fn branch(&self) -> Option<&[u8]> {
-        let at = memchr::memmem::find(&self.sent, b"\nVia: SIP/2.0/")?;
-        let line = &self.sent[at + b"\nVia: ".len()..];
-        let line = &line[..memchr::memchr(b'\r', line)?];
-        Via::first(line)?.0.branch()
+        const OURS: &[u8] = b"Via: SIP/2.0/";
+        // Behind the request line, unless a rule put something there.
+        let first = memchr::memchr(b'\n', &self.sent)? + 1;
+        let at = if self.sent[first..].starts_with(OURS) {
+            first
+        } else {
+            memchr::memmem::find(&self.sent, b"\nVia: SIP/2.0/")? + 1
+        };
+        let line = &self.sent[at..];
+        let parameters = &line[memchr::memchr(b';', line)? + 1..];
+        parameters.strip_prefix(b"branch=")?.get(..BRANCH_BYTES)
     }
 
     /// Whether an answer is to what was sent here (RFC 3261 17.1.3): the whole branch with its signature,

@@ -307,6 +307,7 @@ impl Agent {
         if self.known.get(id).is_some_and(|known| known.generation == generation) {
             self.known.remove(id);
             self.cgroups.remove(id);
+            launch::forget_credentials(&Places::new(&self.folder, id));
         }
     }
 
@@ -330,6 +331,10 @@ impl Agent {
             self.settle(&app, actions);
         }
         let empty = |machine: &Machine| machine.removed && machine.instances.is_empty();
+        for app in self.apps.iter().filter(|(_, machine)| empty(machine)).map(|(app, _)| app) {
+            // What one-off programs were given.
+            launch::forget_credentials(&Places::new(&self.folder, &format!("{app}-run")));
+        }
         let before = self.apps.len();
         self.apps.retain(|_, machine| !empty(machine));
         if self.apps.len() != before {

@@ -237,6 +237,14 @@ pub(crate) fn credentials(
     Ok(changed)
 }
 
+/// Takes secrets and bindings off the disk: nobody runs there who reads them, and the next start writes them
+/// anew.
+pub(crate) fn forget_credentials(places: &Places) {
+    for name in ["credentials", "bindings"] {
+        let _none = fs::remove_dir_all(places.file(name));
+    }
+}
+
 fn read_secret(what: &str, path: &Path) -> Result<Vec<u8>, String> {
     let wrong = |error: String| format!("{what}: {} {error}", path.display());
     let size = fs::metadata(path).map_err(|error| wrong(error.to_string()))?.len();

@@ -103,6 +103,18 @@ apps:
     });
     agent.until("two", |agent| agent.instances("app").len() == 2 && agent.ready("app") == 2);
     assert!(agent.status()["apps"][0]["releases"][0]["git"] == "abc123");
+    // Who is gone leaves no secret behind.
+    let copies = |agent: &Agent| {
+        let output = std::process::Command::new("find")
+            .arg(agent.state())
+            .args(["(", "-name", "psk", "-o", "-name", "password", ")"])
+            .output()
+            .expect("find runs");
+        String::from_utf8_lossy(&output.stdout).lines().count()
+    };
+    assert!(copies(&agent) >= 4);
+    agent.run(&["remove", "app"]);
+    agent.until("no secret to be left", |agent| copies(agent) == 0);
 }
 
 /// Bad manifests are refused as a whole, with places; what runs is left alone.

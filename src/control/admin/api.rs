@@ -452,9 +452,9 @@ async fn events(State(shared): App, headers: HeaderMap) -> Response {
         loop {
             match subscription.future.recv().await {
                 Ok(event) if sender.send(to_sse(&event)).await.is_ok() => {}
-                // Too slow: what it missed is in the ring, for its next Last-Event-ID.
-                Err(RecvError::Lagged(_)) => {}
-                _ => return,
+                // Too slow: the stream ends, so that its client comes back with Last-Event-ID and gets
+                // what it missed out of the ring, instead of never knowing of it.
+                Ok(_) | Err(RecvError::Lagged(_) | RecvError::Closed) => return,
             }
         }
     });

@@ -105,7 +105,7 @@ apps:
     assert!(agent.status()["apps"][0]["releases"][0]["git"] == "abc123");
     // Who is gone leaves no secret behind.
     let copies = |agent: &Agent| {
-        let output = std::process::Command::new("find")
+        let output = Command::new("find")
             .arg(agent.state())
             .args(["(", "-name", "psk", "-o", "-name", "password", ")"])
             .output()

@@ -61,7 +61,8 @@ fn rules_decide_by_method_uri_header_source_and_dialog_and_else_the_protocol() {
     let tag = ";tag=t";
     for (number, (from, method, uri, to_tag, more, wanted)) in [
         (near, "INVITE", "sip:b@example.net", "", "", ClassId::SETUP),
-        (near, "INVITE", "sip:b@example.net", tag, "", ClassId::IN_SESSION),
+        // A tag that anybody can write is no dialog: no token and no session speaks for it.
+        (near, "INVITE", "sip:b@example.net", tag, "", ClassId::SETUP),
         (near, "INVITE", "tel:112;phone-context=x", "", "", ClassId::EMERGENCY),
         (near, "INVITE", "URN:service:counseling.mental", "", "", ClassId::EMERGENCY),
         (near, "INVITE", "sip:b@example.net", "", "X-Tariff: gold\r\n", gold),

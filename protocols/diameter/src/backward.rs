@@ -206,6 +206,7 @@ impl DiameterEngine {
         let (Some((backend, pin)), true) =
             (named, pending.redirects < self.settings.options.redirects)
         else {
+            self.learn_from(now, &pending, &Summary::of(message.bytes), router, out);
             return self.deliver(now, pending, message.bytes, Some(RequestOutcome::Failed), out);
         };
         pending.redirects += 1;
@@ -222,6 +223,7 @@ impl DiameterEngine {
         if let Err(pending) =
             self.go_elsewhere(now, pending, (Some(pin), "redirected"), router, out)
         {
+            self.learn_from(now, &pending, &Summary::of(message.bytes), router, out);
             self.deliver(now, *pending, message.bytes, Some(RequestOutcome::Failed), out);
         }
     }

@@ -264,11 +264,13 @@ pub(crate) fn tell(out: &mut Vec<u8>, at: usize, told: &Told) {
     // A folded line is looked at as far as its first break, where hardly anybody puts one.
     let value_end = from + end_of_value(&out[from..line_end]);
     let value_end = from + out[from..value_end].trim_ascii_end().len();
-    let Some(semicolon) = memchr::memchr(b';', &out[from..value_end]) else { return };
-    let parameters = &out[from + semicolon..value_end];
+    // What is no Via at all is not written to, whatever stands in it.
+    let Some((via, _)) = Via::first(&out[from..value_end]) else { return };
+    let parameters = via.parameters;
     if parameter(parameters, b"oc").is_none() {
         return;
     }
+    let semicolon = value_end - from - parameters.len();
     let algorithms = parameter(parameters, b"oc-algo").flatten().unwrap_or(b"loss");
     let rates = lists(algorithms, b"rate")
         && (told.prefer == Algorithm::Rate || !lists(algorithms, b"loss"));
@@ -397,7 +399,14 @@ mod tests {
         let second = "Via: SIP/2.0/UDP a;branch=1;oc, SIP/2.0/UDP b;oc;branch=2";
         let wanted = format!("Via: SIP/2.0/UDP a;branch=1{answer}, SIP/2.0/UDP b;oc;branch=2");
         assert_eq!(tells(second, &loss), wanted, "4.1: of the neighbour only");
-        for silent in ["Via: SIP/2.0/UDP a;branch=x", "Via: SIP/2.0/UDP a;ocx=1", "Via: a", "x"] {
+        for silent in [
+            "Via: SIP/2.0/UDP a;branch=x",
+            "Via: SIP/2.0/UDP a;ocx=1",
+            "Via: a",
+            "Via: \0\u{6d8};o;oc",
+            "Via: HTTP/1.1/TCP a;oc",
+            "x",
+        ] {
             assert_eq!(tells(silent, &loss), silent);
         }
         let both = "Via: SIP/2.0/UDP a;oc;oc-algo=\"loss,rate\"";

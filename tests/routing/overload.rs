@@ -12,8 +12,8 @@ use strowger::routing::{
     PoolSpec, QosSpec, SnapshotSpec,
 };
 use strowger_contract::{
-    BackendId, Class, ClassId, Keyer, Outcome, Pin, PoolId, Query, Router, TokenKeys, Transport,
-    Verdict, WorkerId,
+    BackendId, Class, ClassId, Keyer, Outcome, Pin, PoolId, Query, Router, Ticket, TokenKeys,
+    Transport, Verdict, WorkerId,
 };
 
 const POOL: &str = "crowd";
@@ -56,6 +56,8 @@ pub(crate) struct Crowd {
     pub(crate) seed: u64,
     /// The slots are spread over so many backends; in-session requests each have one of them.
     pub(crate) backends: u32,
+    /// So many percent of the clients hang up while they wait, after 50 ms in the mean.
+    pub(crate) hang_up: u64,
 }
 
 impl Crowd {
@@ -70,6 +72,7 @@ impl Crowd {
             warm_up: Duration::from_secs(2),
             seed,
             backends: 1,
+            hang_up: 0,
         }
     }
 }
@@ -79,6 +82,7 @@ pub(crate) enum End {
     Met,
     Late,
     Refused,
+    Withdrawn,
 }
 
 /// One call of a client: sent once, or again and again.
@@ -101,6 +105,7 @@ struct Request {
     backend: Option<BackendId>,
     outcomes: u32,
     pinned: bool,
+    ticket: Option<Ticket>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -108,6 +113,7 @@ enum Event {
     Arrive,
     Resend(usize, u32),
     Done(usize),
+    HangUp(usize),
     Timer(usize),
     Tick,
 }
@@ -124,6 +130,7 @@ pub(crate) struct Report {
     pub(crate) wasted: u64,
     pub(crate) served: u64,
     pub(crate) inversions: u64,
+    pub(crate) withdrawn: u64,
 }
 
 struct Dice(u64);
@@ -259,6 +266,7 @@ impl World {
                 Event::Arrive => {}
                 Event::Resend(call, attempt) => self.resend(call, attempt),
                 Event::Done(request) => self.done(request),
+                Event::HangUp(request) => self.hang_up(request),
                 Event::Timer(worker) => self.timers[worker] = None,
                 Event::Tick => {
                     self.core.tick(self.instant(now));
@@ -335,6 +343,7 @@ impl World {
             backend: None,
             outcomes: 0,
             pinned: in_session,
+            ticket: None,
         });
         let query = Query {
             pool: self.pool,
@@ -353,9 +362,31 @@ impl World {
             Verdict::Wait(ticket) => {
                 self.no_slot_is_free(number);
                 self.tickets.insert((worker, ticket.0), number);
+                self.requests[number].ticket = Some(ticket);
+                if self.crowd.hang_up > 0 && self.dice.roll() % 100 < self.crowd.hang_up {
+                    let after = self.dice.exponential(50_000.0);
+                    self.at(self.now + after, Event::HangUp(number));
+                }
             }
             Verdict::Refuse(_) => self.refused(number),
         }
+    }
+
+    /// The client does not want it any more. It may have been granted a slot that its worker has not heard
+    /// of: that must come back, and nothing more be heard.
+    fn hang_up(&mut self, number: usize) {
+        let request = &mut self.requests[number];
+        if request.outcomes > 0 || request.granted.is_some() {
+            return;
+        }
+        let (worker, call) = (request.worker, request.call);
+        let ticket = request.ticket.expect("it waits");
+        request.outcomes += 1;
+        let now = self.instant(self.now);
+        self.routers[worker].withdraw(now, ticket);
+        self.tickets.remove(&(worker, ticket.0)).expect("it was waited for");
+        self.report.withdrawn += 1;
+        self.end(call, End::Withdrawn);
     }
 
     /// Nothing waits while there is a slot for it.
@@ -513,6 +544,11 @@ impl World {
         assert!(view.backends.iter().all(|backend| backend.in_flight == 0));
         assert!(view.qos.classes.iter().all(|(_, class)| class.waiting == 0));
         self.report.inversions = view.qos.inversions;
+        let withdrawn: u64 = view.qos.classes.iter().map(|(_, class)| class.withdrawn).sum();
+        assert!(
+            withdrawn <= self.report.withdrawn,
+            "what hung up, and what was granted and hung up"
+        );
         for (name, class) in &view.qos.classes {
             let ended = class.granted + class.withdrawn + class.refused_late;
             assert_eq!(class.queued, ended, "{name}: all that waited went somewhere");

@@ -120,9 +120,11 @@ fn fresh_seeds_say_what_was_not_fitted() {
                 by_class.join(" | "),
             );
             let at = format!("{service:?}, {backends} backends, {load}");
-            // At 0.95 bulk misses the bar with bimodal times on one seed in ten.
             let all = met.iter().map(|spread| spread.worst).fold(1.0, f64::min);
             assert!(load > 0.9 || all >= 0.999, "{at}: met {all}");
+            // At 0.95 bulk misses the bar with bimodal times on one seed in ten.
+            let others = met[..4].iter().map(|spread| spread.worst).fold(1.0, f64::min);
+            assert!(load > 1.0 || others >= 0.999, "{at}: met {others}");
             assert!(refusal <= 5.0, "{at}: median refusal after {refusal} ms");
             assert!(load < 1.0 || goodput.mean >= 0.95, "{at}: goodput {}", goodput.mean);
             assert!(high.worst >= 0.999, "{at}: tier 0 {}", high.worst);
@@ -172,6 +174,7 @@ fn every_request_has_one_outcome_and_none_waits_beside_a_free_slot() {
         let report = run(Crowd {
             backends: [1, 2, 4, 8][seed as usize % 4],
             retransmits: seed % 3 == 0,
+            hang_up: [0, 30, 0, 90][seed as usize / 4 % 4],
             spike: (seed % 5 == 0).then_some((
                 Duration::from_secs(1),
                 Duration::from_millis(1_500),
@@ -186,6 +189,8 @@ fn every_request_has_one_outcome_and_none_waits_beside_a_free_slot() {
                 seed,
             )
         });
+        let [hangs_up, over] = [seed as usize / 4 % 2 == 1, load > 1.0];
+        assert!(!hangs_up || !over || report.withdrawn > 0, "seed {seed}: nobody hung up");
         let ended = report.calls.iter().filter(|call| call.end.is_some()).count();
         assert_eq!(ended, report.calls.len(), "seed {seed}: arrivals and outcomes");
     }

@@ -13,7 +13,7 @@ use strowger_contract::{BackendId, ClassId, Note, Outbox, PoolId, PoolLoad, Rout
 use crate::branch::decimal;
 use crate::engine::SipEngine;
 use crate::uri::parameter;
-use crate::via::{Via, end_of_value};
+use crate::via::Via;
 
 /// Upstream neighbours that share a rate, at most.
 const NEIGHBOURS_MAX: usize = 64;
@@ -262,19 +262,18 @@ pub(crate) fn tell(out: &mut Vec<u8>, at: usize, told: &Told) {
     let from = at + colon + 1;
     let line_end = memchr::memchr(b'\n', &out[from..]).map_or(out.len(), |end| from + end);
     // A folded line is looked at as far as its first break, where hardly anybody puts one.
-    let value_end = from + end_of_value(&out[from..line_end]);
-    let value_end = from + out[from..value_end].trim_ascii_end().len();
+    let value = &out[from..line_end];
     // What is no Via at all is not written to, whatever stands in it.
-    let Some((via, _)) = Via::first(&out[from..value_end]) else { return };
-    let parameters = via.parameters;
+    let Some((Via { whole, parameters, .. }, _)) = Via::first(value) else { return };
     if parameter(parameters, b"oc").is_none() {
         return;
     }
-    let semicolon = value_end - from - parameters.len();
+    let value_end = line_end - value.trim_ascii_start().len() + whole.len();
+    let parameters_at = value_end - parameters.len();
     let algorithms = parameter(parameters, b"oc-algo").flatten().unwrap_or(b"loss");
     let rates = lists(algorithms, b"rate")
         && (told.prefer == Algorithm::Rate || !lists(algorithms, b"loss"));
-    let end = strip(out, from + semicolon, value_end);
+    let end = strip(out, parameters_at, value_end);
     let tail = out.len();
     let (value, validity) = match (rates, told.rate) {
         (false, _) => (told.loss, told.validity_ms),

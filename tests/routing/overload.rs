@@ -105,7 +105,6 @@ struct Request {
     backend: Option<BackendId>,
     outcomes: u32,
     pinned: bool,
-    ticket: Option<Ticket>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -113,7 +112,8 @@ enum Event {
     Arrive,
     Resend(usize, u32),
     Done(usize),
-    HangUp(usize),
+    /// The worker, and its ticket.
+    HangUp(usize, u64),
     Timer(usize),
     Tick,
 }
@@ -130,7 +130,9 @@ pub(crate) struct Report {
     pub(crate) wasted: u64,
     pub(crate) served: u64,
     pub(crate) inversions: u64,
+    /// Clients that hung up while they waited, and those of them that had a slot without knowing it.
     pub(crate) withdrawn: u64,
+    pub(crate) unheard: u64,
 }
 
 struct Dice(u64);
@@ -266,7 +268,7 @@ impl World {
                 Event::Arrive => {}
                 Event::Resend(call, attempt) => self.resend(call, attempt),
                 Event::Done(request) => self.done(request),
-                Event::HangUp(request) => self.hang_up(request),
+                Event::HangUp(worker, ticket) => self.hang_up(worker, ticket),
                 Event::Timer(worker) => self.timers[worker] = None,
                 Event::Tick => {
                     self.core.tick(self.instant(now));
@@ -343,7 +345,6 @@ impl World {
             backend: None,
             outcomes: 0,
             pinned: in_session,
-            ticket: None,
         });
         let query = Query {
             pool: self.pool,
@@ -362,31 +363,35 @@ impl World {
             Verdict::Wait(ticket) => {
                 self.no_slot_is_free(number);
                 self.tickets.insert((worker, ticket.0), number);
-                self.requests[number].ticket = Some(ticket);
                 if self.crowd.hang_up > 0 && self.dice.roll() % 100 < self.crowd.hang_up {
                     let after = self.dice.exponential(50_000.0);
-                    self.at(self.now + after, Event::HangUp(number));
+                    self.at(self.now + after, Event::HangUp(worker, ticket.0));
                 }
             }
             Verdict::Refuse(_) => self.refused(number),
         }
     }
 
-    /// The client does not want it any more. It may have been granted a slot that its worker has not heard
-    /// of: that must come back, and nothing more be heard.
-    fn hang_up(&mut self, number: usize) {
-        let request = &mut self.requests[number];
-        if request.outcomes > 0 || request.granted.is_some() {
+    /// The client does not want it any more, if it still waits.
+    fn hang_up(&mut self, worker: usize, ticket: u64) {
+        let Some(number) = self.tickets.remove(&(worker, ticket)) else { return };
+        let now = self.instant(self.now);
+        self.routers[worker].withdraw(now, Ticket(ticket));
+        self.requests[number].outcomes += 1;
+        self.report.withdrawn += 1;
+        self.end(self.requests[number].call, End::Withdrawn);
+    }
+
+    /// One in four times that a slot is given back, the client that has waited longest hangs up before any
+    /// worker has heard who got the slot. If it was this one, the slot must go on to the next.
+    fn hang_up_unheard(&mut self) {
+        if self.crowd.hang_up == 0 || !self.dice.roll().is_multiple_of(4) {
             return;
         }
-        let (worker, call) = (request.worker, request.call);
-        let ticket = request.ticket.expect("it waits");
-        request.outcomes += 1;
-        let now = self.instant(self.now);
-        self.routers[worker].withdraw(now, ticket);
-        self.tickets.remove(&(worker, ticket.0)).expect("it was waited for");
-        self.report.withdrawn += 1;
-        self.end(call, End::Withdrawn);
+        let longest = self.tickets.iter().min_by_key(|(_, number)| **number).map(|(key, _)| *key);
+        if let Some((worker, ticket)) = longest {
+            self.hang_up(worker, ticket);
+        }
     }
 
     /// Nothing waits while there is a slot for it.
@@ -440,6 +445,7 @@ impl World {
         self.busy[index] -= 1;
         let now = self.instant(self.now);
         self.routers[worker].outcome(now, backend, Outcome::Answered { latency });
+        self.hang_up_unheard();
         let first = self.end(call, if late { End::Late } else { End::Met });
         if since >= self.report.from {
             self.report.served += 1;
@@ -545,10 +551,8 @@ impl World {
         assert!(view.qos.classes.iter().all(|(_, class)| class.waiting == 0));
         self.report.inversions = view.qos.inversions;
         let withdrawn: u64 = view.qos.classes.iter().map(|(_, class)| class.withdrawn).sum();
-        assert!(
-            withdrawn <= self.report.withdrawn,
-            "what hung up, and what was granted and hung up"
-        );
+        // What the queue did not count as withdrawn had been granted a slot already.
+        self.report.unheard = self.report.withdrawn.checked_sub(withdrawn).expect("all hung up");
         for (name, class) in &view.qos.classes {
             let ended = class.granted + class.withdrawn + class.refused_late;
             assert_eq!(class.queued, ended, "{name}: all that waited went somewhere");

@@ -120,11 +120,14 @@ fn fresh_seeds_say_what_was_not_fitted() {
                 by_class.join(" | "),
             );
             let at = format!("{service:?}, {backends} backends, {load}");
-            let all = met.iter().map(|spread| spread.worst).fold(1.0, f64::min);
-            assert!(load > 0.9 || all >= 0.999, "{at}: met {all}");
-            // At 0.95 bulk misses the bar with bimodal times on one seed in ten.
-            let others = met[..4].iter().map(|spread| spread.worst).fold(1.0, f64::min);
-            assert!(load > 1.0 || others >= 0.999, "{at}: met {others}");
+            // At 0.95 bulk, the last, misses the bar with bimodal times on one seed in ten.
+            let judged = match load {
+                ..0.9 => MIX.len(),
+                ..1.0 => MIX.len() - 1,
+                _ => 0,
+            };
+            let worst = met[..judged].iter().map(|spread| spread.worst).fold(1.0, f64::min);
+            assert!(worst >= 0.999, "{at}: met {worst}");
             assert!(refusal <= 5.0, "{at}: median refusal after {refusal} ms");
             assert!(load < 1.0 || goodput.mean >= 0.95, "{at}: goodput {}", goodput.mean);
             assert!(high.worst >= 0.999, "{at}: tier 0 {}", high.worst);
@@ -169,12 +172,14 @@ fn half_a_second_after_a_spike_all_is_well_again() {
 /// sessions of their own, spikes, clients that send again, either policy.
 #[test]
 fn every_request_has_one_outcome_and_none_waits_beside_a_free_slot() {
+    let mut unheard = 0;
     for seed in 100..148 {
         let load = LOADS[seed as usize % LOADS.len()];
+        let hang_up = [0, 30, 0, 90][seed as usize / 4 % 4];
         let report = run(Crowd {
             backends: [1, 2, 4, 8][seed as usize % 4],
             retransmits: seed % 3 == 0,
-            hang_up: [0, 30, 0, 90][seed as usize / 4 % 4],
+            hang_up,
             spike: (seed % 5 == 0).then_some((
                 Duration::from_secs(1),
                 Duration::from_millis(1_500),
@@ -189,9 +194,10 @@ fn every_request_has_one_outcome_and_none_waits_beside_a_free_slot() {
                 seed,
             )
         });
-        let [hangs_up, over] = [seed as usize / 4 % 2 == 1, load > 1.0];
-        assert!(!hangs_up || !over || report.withdrawn > 0, "seed {seed}: nobody hung up");
+        assert!(hang_up == 0 || load < 1.0 || report.withdrawn > 0, "seed {seed}: nobody hung up");
+        unheard += report.unheard;
         let ended = report.calls.iter().filter(|call| call.end.is_some()).count();
         assert_eq!(ended, report.calls.len(), "seed {seed}: arrivals and outcomes");
     }
+    assert!(unheard > 0, "nobody hung up who had been given a slot without knowing it");
 }

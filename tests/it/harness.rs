@@ -78,6 +78,23 @@ fn next_port(next: &mut u32) -> u16 {
     panic!("no free port");
 }
 
+/// Waits until somebody has the UDP port of 127.0.0.1 (or of every address), 30 seconds at most;
+/// `what` is said otherwise. The kernel is asked: whoever tries to bind the port to find out takes
+/// it from the one who is about to.
+pub(crate) fn until_bound(port: u16, what: impl Fn() -> String) {
+    let loopback = format!(" 0100007F:{port:04X} ");
+    let any = format!(" 00000000:{port:04X} ");
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        let sockets = fs::read_to_string("/proc/net/udp").expect("Linux has it");
+        if sockets.contains(&loopback) || sockets.contains(&any) {
+            return;
+        }
+        assert!(Instant::now() < end, "{}", what());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// A process that ends with its handle.
 pub(crate) struct Process {
     child: Child,

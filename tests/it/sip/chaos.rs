@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::caller::{Callers, Record};
-use crate::harness::{Edge, Process, alone, free_port};
+use crate::harness::{Edge, Process, alone, free_port, until_bound};
 
 /// Instances, the one that comes and goes by configuration included.
 const INSTANCES: usize = 5;
@@ -33,12 +33,8 @@ impl Instance {
         command.args(["--first", &number.to_string()]);
         let log = edge.folder.path().join(format!("instance-{number}.log"));
         self.process = Some(Process::spawn(&mut command, &log));
-        let end = Instant::now() + Duration::from_secs(30);
-        // It is there when nobody else can bind its port.
-        while std::net::UdpSocket::bind(("127.0.0.1", self.port)).is_ok() {
-            assert!(Instant::now() < end, "instance {number} does not start");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let said = || std::fs::read_to_string(&log).unwrap_or_default();
+        until_bound(self.port, || format!("instance {number} does not start: {}", said()));
         if let Some(last) = self.dead.last_mut() {
             last.1 = last.1.min(Instant::now());
         }

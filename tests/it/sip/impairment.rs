@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::caller::Callers;
 use super::phone::{Client, Server, status};
-use crate::harness::{Edge, Process, alone, free_port};
+use crate::harness::{Edge, Process, alone, free_port, until_bound};
 
 /// How bad it is: shares of all datagrams, in thousandths.
 #[derive(Clone, Copy, Debug, Default)]
@@ -173,11 +173,7 @@ fn play(calls: u32, impairment: Impairment, seed: u64) -> (u64, u64) {
         command.args(["--answer", &format!("udp://127.0.0.1:{server}")]);
     }
     let _servers = Process::spawn(&mut command, &edge.folder.path().join("instances.log"));
-    let end = Instant::now() + Duration::from_secs(30);
-    while UdpSocket::bind(("127.0.0.1", ports[1])).is_ok() {
-        assert!(Instant::now() < end, "the instances do not start");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until_bound(ports[1], || "the instances do not start".to_owned());
     let mut callers = Callers::new(front.address, "impaired");
     let start = Instant::now();
     for call in 0..calls {

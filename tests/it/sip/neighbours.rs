@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::caller::Callers;
 use super::chaos::Instance;
 use super::phone::{Client, Server, answer, headers, status};
-use crate::harness::{Edge, Process, alone, free_port, has};
+use crate::harness::{Edge, Process, alone, free_port, has, until_bound};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
@@ -36,12 +36,7 @@ fn kamailio(folder: &Path, name: &str, port: u16, edge: u16) -> Kamailio {
     command.arg("-Y").arg(&run).arg("-P").arg(run.join("pid"));
     let log_file = folder.join(format!("kamailio-{port}.log"));
     let process = Kamailio(Process::spawn(&mut command, &log_file));
-    let end = Instant::now() + Duration::from_secs(30);
-    // It is there when nobody else can bind its port.
-    while std::net::UdpSocket::bind(("127.0.0.1", port)).is_ok() {
-        assert!(Instant::now() < end, "Kamailio does not start: {}", log(folder, port));
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    until_bound(port, || format!("Kamailio does not start: {}", log(folder, port)));
     process
 }
 

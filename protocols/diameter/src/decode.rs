@@ -15,8 +15,8 @@ use crate::dictionary::{AvpDefinition, Dictionary, Kind};
 const DEPTH_MAX: usize = 16;
 
 /// From 1900, where NTP's time starts, to 1970; and one era of it, which ends in 2036.
-const NTP_TO_UNIX: u64 = 2_208_988_800;
-const NTP_ERA: u64 = 1 << 32;
+const NTP_TO_UNIX: i64 = 2_208_988_800;
+const NTP_ERA: i64 = 1 << 32;
 
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -252,8 +252,9 @@ fn special(code: u32, data: &[u8]) -> Option<String> {
 /// NTP's seconds as a date (RFC 6733 4.3.1); numbers below 2^31 are of the era from 2036 on.
 fn time(seconds: u32) -> String {
     let era = if seconds < 1 << 31 { NTP_ERA } else { 0 };
-    let unix = u64::from(seconds) + era - NTP_TO_UNIX;
-    let (days, of_day) = (unix / 86_400, unix % 86_400);
+    // 2^31 is in January 1968, so the first two years are before 1970.
+    let unix = i64::from(seconds) + era - NTP_TO_UNIX;
+    let (days, of_day) = (unix.div_euclid(86_400), unix.rem_euclid(86_400));
     // Civil from days, counted from 0000-03-01, in years that start in March.
     let shifted = days + 719_468;
     let (cycle, of_cycle) = (shifted / 146_097, shifted % 146_097);
@@ -262,7 +263,7 @@ fn time(seconds: u32) -> String {
     let march = (5 * of_year + 2) / 153;
     let day = of_year - (153 * march + 2) / 5 + 1;
     let month = if march < 10 { march + 3 } else { march - 9 };
-    let year = year + cycle * 400 + u64::from(month <= 2);
+    let year = year + cycle * 400 + i64::from(month <= 2);
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
         of_day / 3_600,
@@ -353,6 +354,20 @@ mod tests {
   AVP 9999 (9999) .M.  \"abc\"
 "
         );
+    }
+
+    #[test]
+    fn times_of_either_era() {
+        for (seconds, said) in [
+            (1 << 31, "1968-01-20T03:14:08Z"),
+            (2_208_988_799, "1969-12-31T23:59:59Z"),
+            (2_208_988_800, "1970-01-01T00:00:00Z"),
+            (u32::MAX, "2036-02-07T06:28:15Z"),
+            (0, "2036-02-07T06:28:16Z"),
+            ((1 << 31) - 1, "2104-02-26T09:42:23Z"),
+        ] {
+            assert_eq!(time(seconds), said, "{seconds}");
+        }
     }
 
     proptest! {

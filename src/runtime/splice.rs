@@ -339,6 +339,7 @@ impl<P: Protocol> Relay<P> {
 
     /// Moves what there is, within bounds; whether there is more.
     fn turn(&mut self) -> Result<bool, Broken> {
+        let ends_before = (self.up.ended, self.down.ended);
         let mut scratch = self.host.scratch.borrow_mut();
         let mut pipes = self.by_pipe.then(|| self.host.pipes.borrow_mut());
         let mut pipes = pipes.as_deref_mut();
@@ -367,9 +368,10 @@ impl<P: Protocol> Relay<P> {
             let state = self.host.state();
             state.metrics.received(0, up);
             state.metrics.sent(0, down);
-        } else if self.up.ended || self.down.ended {
-            // An end is something that happened, too: the half-closed time starts with it.
-            self.last_moved = self.last_moved.max(Instant::now() - Duration::from_millis(1));
+        } else if ends_before != (self.up.ended, self.down.ended) {
+            // An end is something that happened, too: the half-closed time starts with it. A wake that
+            // brings nothing (a TLS record without text) is not.
+            self.last_moved = Instant::now();
         }
         Ok(more_up || more_down)
     }

@@ -88,12 +88,12 @@ pub(super) struct Direction {
 }
 
 impl Direction {
-    /// With something that was read before.
     /// One that nothing passes through any more.
     pub(super) fn over() -> Self {
         Self { ended: true, shut: true, ..Self::default() }
     }
 
+    /// With something that was read before.
     pub(super) fn holding(rest: Vec<u8>) -> Self {
         Self { rest, ..Self::default() }
     }

@@ -399,3 +399,36 @@ fn a_diameter_identity_must_be_in_the_certificate() {
     });
     assert!(edge.log().contains("the certificate is not for this Origin-Host"));
 }
+
+/// Records without text do not keep a flow whose other way has ended: the client here sends new keys
+/// again and again, and no byte.
+#[test]
+fn a_half_closed_flow_ends_though_records_come() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ca = Authority::new(folder.path(), "ca");
+    ca.issue(folder.path(), "front", &["front.example.net"]);
+    let (port, backend) = (free_port(), free_port());
+    let listener = TcpListener::bind(("127.0.0.1", backend)).expect("a free port");
+    let edge = Edge::start(&format!(
+        "version: 1\nadmin: {{ listen: ADMIN }}\nlisteners:\n  - name: front\n    protocol: tcp\n    bind: [\"tls://127.0.0.1:{port}\"]\n    pool: back\n    tls: {{ certificates: [{{ certificate: {}, key: {} }}] }}\n    options: {{ half_closed_timeout: 1s }}\npools:\n  back: {{ backends: [{{ id: a, address: \"tcp://127.0.0.1:{backend}\" }}] }}\n",
+        folder.path().join("front.pem").display(),
+        folder.path().join("front.key").display(),
+    ));
+    let mut client = dial(port, "front.example.net", &client_config(folder.path(), "ca", None));
+    client.write_all(b"hello").expect("sent");
+    let (mut server, _) = listener.accept().expect("the edge comes");
+    server.read_exact(&mut [0; 5]).expect("what was sent");
+    server.shutdown(std::net::Shutdown::Write).expect("open");
+    // More than are taken of one who sends nothing else: a flow that lives so long is ended by the last.
+    for _ in 0..60 {
+        let StreamOwned { conn, sock } = &mut client;
+        let sent = conn.refresh_traffic_keys().map_err(std::io::Error::other);
+        if sent.and_then(|()| conn.write_tls(sock)).is_err() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(400));
+    }
+    edge.until("the flow to be over", |edge| edge.json("/api/v1/listeners")[0]["connections"] == 0);
+    let idle = edge.metric("strowger_connections_closed_total", &["\"idle\""]);
+    assert_eq!(idle, 1.0, "it lived as long as records came");
+}

@@ -9,6 +9,10 @@ use strowger_contract::duration::Span;
 use strowger_contract::network::{is_in, network};
 use strowger_contract::{Certificate, OptionsError, PeerFacts, Scope};
 
+/// To park a flow and to wake it costs some ten system calls each: less than so long apart they would
+/// be most of what the listener does.
+const PARK_AFTER_MIN: Span = Span::millis(100);
+
 /// A raw TCP listener's options.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -33,7 +37,7 @@ pub struct TcpOptions {
     /// reset at once.
     pub backpressure: Span,
     /// A joined plain flow that was silent both ways for so long keeps only its two descriptors and
-    /// a few numbers, until either side speaks; 0: never.
+    /// a few numbers, until either side speaks; at least 100ms; 0: never.
     pub park_after: Span,
     /// How bytes pass: `copy` (read and write) or `splice` (what comes in bulk goes through a pipe,
     /// splice(2); TLS is always copied).
@@ -148,6 +152,13 @@ pub(crate) fn check(scope: &Scope<TcpMatch>, options: &TcpOptions) -> Vec<Option
         let message = "must be over 0: a backend that does not answer would be waited for for ever"
             .to_owned();
         errors.push(OptionsError { path: "connect_timeout".to_owned(), message });
+    }
+    let park_after = options.park_after;
+    if !park_after.0.is_zero() && park_after < PARK_AFTER_MIN {
+        let message =
+            "must be 0 (never) or at least 100ms: flows would be parked between two words"
+                .to_owned();
+        errors.push(OptionsError { path: "park_after".to_owned(), message });
     }
     let prefixes = [
         ("source_prefix_v4", options.source_prefix_v4, 32),

@@ -133,6 +133,29 @@ fn watch() -> std::io::Result<AsyncFd<OwnedFd>> {
     watched_epoll(epoll::create(CreateFlags::CLOEXEC)?)
 }
 
+/// Makes the close of a side a reset.
+fn reset_on_close(side: &OwnedFd) {
+    // A failure means that the other side was first.
+    let _gone = socket2::SockRef::from(side).set_linger(Some(Duration::ZERO));
+}
+
+/// Streams of a flow's two descriptors again. If that cannot be, both are reset: who sees an end where
+/// there was none takes half an answer for a whole one.
+fn streams(
+    client: OwnedFd,
+    backend: OwnedFd,
+    unix: (bool, bool),
+) -> std::io::Result<(Stream, Stream)> {
+    // A stream that is refused is closed at once, so this comes before.
+    reset_on_close(&client);
+    reset_on_close(&backend);
+    let streams = (Stream::of_plain(client, unix.0)?, Stream::of_plain(backend, unix.1)?);
+    for side in [streams.0.plain_fd(), streams.1.plain_fd()].into_iter().flatten() {
+        let _gone = socket2::SockRef::from(&side).set_linger(None);
+    }
+    Ok(streams)
+}
+
 impl<P: Protocol> Host<P> {
     /// Parks a flow whose task has ended because nothing passed.
     pub(super) fn park(
@@ -193,10 +216,10 @@ impl<P: Protocol> Host<P> {
     fn revive(self: &Rc<Self>, parked: Parked) -> Option<Rc<Connection>> {
         let Parked { flow, client, backend, remote, local, transport, quiet, source, place } =
             parked;
-        let streams = Stream::of_plain(client, transport == Transport::Unix)
-            .and_then(|client| Ok((client, Stream::of_plain(backend, quiet.unix)?)));
-        let Ok((client, backend)) = streams else {
+        let unix = (transport == Transport::Unix, quiet.unix);
+        let Ok((client, backend)) = streams(client, backend, unix) else {
             // The kernel watches no more descriptors.
+            self.count("flow_not_woken");
             self.ended(flow, CloseCause::Local);
             return None;
         };
@@ -238,10 +261,8 @@ impl<P: Protocol> Host<P> {
             for key in over {
                 let parked = self.lot.borrow_mut().take(key);
                 if let Some(parked) = parked {
-                    for side in [&parked.client, &parked.backend] {
-                        // A failure means that the other side was first.
-                        let _gone = socket2::SockRef::from(side).set_linger(Some(Duration::ZERO));
-                    }
+                    reset_on_close(&parked.client);
+                    reset_on_close(&parked.backend);
                     self.ended(parked.flow, CloseCause::Idle);
                 }
             }
@@ -273,5 +294,55 @@ impl<P: Protocol> Host<P> {
         // With the epoll instance: the descriptors are open in the other process, and would still wake.
         let parked = std::mem::take(&mut *self.lot.borrow_mut());
         drop(parked);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let far = TcpStream::connect(listener.local_addr().expect("bound")).expect("it listens");
+        (listener.accept().expect("it came").0, far)
+    }
+
+    fn plain(near: TcpStream) -> OwnedFd {
+        near.set_nonblocking(true).expect("an option");
+        near.into()
+    }
+
+    /// What epoll does not take (here a file) stands for what it has no room for.
+    #[tokio::test]
+    async fn what_cannot_be_woken_is_reset() {
+        let unwatchable = || -> OwnedFd {
+            let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+            let own = std::env::current_exe().expect("this test's own file");
+            rustix::fs::open(own, flags, rustix::fs::Mode::empty()).expect("it is there")
+        };
+        for is_client in [true, false] {
+            let (near, mut far) = pair();
+            let (client, backend) = match is_client {
+                true => (plain(near), unwatchable()),
+                false => (unwatchable(), plain(near)),
+            };
+            assert!(streams(client, backend, (false, false)).is_err());
+            let told = far.read(&mut [0; 1]).expect_err("no end in order");
+            assert_eq!(told.kind(), std::io::ErrorKind::ConnectionReset);
+        }
+    }
+
+    /// Who was woken ends in order as before.
+    #[tokio::test]
+    async fn what_is_woken_ends_in_order() {
+        let ((client, mut one), (backend, mut other)) = (pair(), pair());
+        let woken = streams(plain(client), plain(backend), (false, false)).expect("watched");
+        drop(woken);
+        for far in [&mut one, &mut other] {
+            assert_eq!(far.read(&mut [0; 1]).expect("an end"), 0);
+        }
     }
 }

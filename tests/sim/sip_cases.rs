@@ -183,10 +183,60 @@ fn the_bye_of_a_second_answer_gives_nothing_back_of_the_first_ones() {
         assert_eq!(starts(&bench.answers(&sent[0], "200 OK", "")), ["200"]);
     };
     end(&mut bench, &other[0].1, "late");
-    assert_eq!((bench.held(), causes(&bench)), (1, vec![]));
+    assert_eq!((bench.held(), causes(&bench)), (1, vec!["bye"]), "it has a record of its own");
     end(&mut bench, &won[0].1, "callee");
-    assert_eq!((bench.held(), causes(&bench)), (0, vec!["bye"]));
+    assert_eq!((bench.held(), causes(&bench)), (0, vec!["bye", "bye"]));
     bench.rests();
+}
+
+/// A call that its caller gives up before the ACK is one that ended.
+#[test]
+fn a_call_that_a_bye_ends_before_its_ack_was_not_left_unacknowledged() {
+    let mut bench = Bench::new(json!({"cdr": true}), "", vec![backend(1, None)]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let answered = bench.answers(&sent[1], "200 OK", "");
+    let sent = bench.client(&within("BYE", "c1", &answered[0].1, "callee"));
+    assert_eq!(starts(&bench.answers(&sent[0], "200 OK", "")), ["200"]);
+    bench.passes(Duration::from_secs(40));
+    assert_eq!((bench.held(), causes(&bench)), (0, vec!["bye"]));
+    assert!(!counted(&bench, "sip_calls_never_acknowledged"), "{:?}", bench.notes);
+    bench.rests();
+}
+
+fn counted(bench: &Bench, what: &str) -> bool {
+    bench.notes.iter().any(|note| matches!(note, Note::Count(counted) if *counted == what))
+}
+
+/// An instance wakes and answers what the client was told had failed: if the client takes the call, it is
+/// one, with a slot and a record; if not, it is over when its ACK is.
+#[test]
+fn a_2xx_behind_our_own_answer_is_a_call() {
+    for taken in [true, false] {
+        let mut bench = Bench::new(json!({"cdr": true}), "", vec![backend(1, None)]);
+        let sent = bench.client(&request("INVITE", "c1", ""));
+        let told = bench.passes(Duration::from_millis(32_500));
+        let refusals = told.iter().filter(|(_, text)| text.starts_with("SIP/2.0 408"));
+        assert!(refusals.count() > 0, "{told:?}");
+        assert_eq!((bench.held(), causes(&bench)), (0, vec!["timeout"]));
+        let late = bench.answers(&sent[1], "200 OK", "");
+        assert_eq!((starts(&late), bench.held()), (vec!["200".to_owned()], 1));
+        assert_eq!(starts(&bench.answers(&sent[1], "200 OK", "")), ["200"], "13.3.1.4: repeated");
+        let told = bench.passes(Duration::from_secs(5));
+        assert!(!told.is_empty() && told.iter().all(|(_, text)| text.starts_with("SIP/2.0 408")));
+        if !taken {
+            bench.passes(Duration::from_secs(28));
+            assert_eq!((bench.held(), causes(&bench)), (0, vec!["timeout", "never_acknowledged"]));
+            bench.rests();
+            continue;
+        }
+        assert_eq!(starts(&bench.client(&within("ACK", "c1", &late[0].1, "callee"))), ["ACK"]);
+        bench.passes(Duration::from_secs(40));
+        assert_eq!((bench.held(), causes(&bench)), (1, vec!["timeout"]));
+        let sent = bench.client(&within("BYE", "c1", &late[0].1, "callee"));
+        assert_eq!(starts(&bench.answers(&sent[0], "200 OK", "")), ["200"]);
+        assert_eq!((bench.held(), causes(&bench)), (0, vec!["timeout", "bye"]));
+        bench.rests();
+    }
 }
 
 /// RFC 3261 18.2.2: the client's connection is gone before its answer.

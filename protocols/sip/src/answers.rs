@@ -174,7 +174,8 @@ impl SipEngine {
                 return out.drop_message(repeated(late, hedged));
             }
             // RFC 3261 16.7 step 5: a 2xx is always passed on, also behind another answer.
-            return self.relay(slot, message.bytes, scan, router, out);
+            self.call_answered_again(now, at, message.bytes, scan, router, out);
+            return self.relay_beside(slot, message.bytes, scan, router, out);
         }
         self.is_race_on(at, false);
         self.settle_others(now, slot, router);

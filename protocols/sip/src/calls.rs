@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 
 use slab::Slab;
 use strowger_contract::{
-    CallEnd, CallPhase, CallRecord, CallSide, Note, Outbox, PoolId, Router, SessionKey, WorkerId,
-    stable_hash,
+    BackendId, CallEnd, CallPhase, CallRecord, CallSide, Note, Outbox, PoolId, Router, SessionKey,
+    WorkerId, stable_hash,
 };
 
-use crate::SPACE;
+use crate::answers::At;
 use crate::engine::SipEngine;
-use crate::incoming::{Incoming, seconds};
+use crate::incoming::{Incoming, seconds, session_key};
 use crate::method::Method;
 use crate::scan::{Name, Scan};
 use crate::target::Target;
@@ -56,12 +56,15 @@ impl DialogKey {
     fn record(self, session: SessionKey) -> u64 {
         session.keyed ^ self.0
     }
+
+    /// What the table remembers the call by until it is acknowledged.
+    pub(crate) fn unacknowledged(self, session: SessionKey) -> SessionKey {
+        SessionKey { keyed: session.keyed.rotate_left(32) ^ self.0, ..session }
+    }
 }
 
-/// What the table remembers an unacknowledged call by.
-fn unacknowledged(call_id: &[u8], router: &dyn Router) -> SessionKey {
-    router.keyer().session(SPACE + 2, call_id)
-}
+/// Answers of one INVITE behind its first final one that are followed as calls of their own.
+const FURTHER_MAX: usize = crate::transaction::LEGS_MAX;
 
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct Open {
@@ -211,21 +214,95 @@ impl SipEngine {
             router.resolve(pin)
         });
         let pool = pool.or_else(|| router.backend(owner?).map(|view| view.pool));
+        let (Some(backend), Some(pool)) = (owner, pool) else { return };
         let record = transaction.record.take();
-        let (arrived, tries) = (transaction.arrived, transaction.tries);
-        let first = transaction.ringing;
-        let (Some(backend), Some(pool)) = (owner, pool) else {
-            return self.put_back(slot, record);
-        };
+        let recorded = self.settings.options.record_route;
+        transaction.holder = recorded.then_some(dialog);
         let ttl = self.session_time(message, scan, pool, router);
-        if self.settings.options.record_route {
+        if recorded {
             router.hold(now, session, backend, class, ttl);
-            let call_id = scan.value(message, Name::CallId).unwrap_or_default();
-            let wait = self.settings.timeout() * 2;
-            router.remember(now, unacknowledged(call_id, router), backend, class, wait);
         } else {
             // Its BYE does not come this way: it would hold its slot until its time is out.
             router.learn(now, session, backend, class, ttl);
+        }
+        self.follow_call(now, slot, (dialog, backend, pool), ttl, record, router, out);
+    }
+
+    /// RFC 3261 13.2.2.4: a 2xx to an INVITE behind its first final answer, which may have been one of our
+    /// own. That of another dialog is another call: it has a record, and a slot if nobody has the session's.
+    pub(crate) fn call_answered_again(
+        &mut self,
+        now: Instant,
+        at: At,
+        message: &[u8],
+        scan: &Scan,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let (timeout, recorded) = (self.settings.timeout(), self.settings.options.record_route);
+        let Some(transaction) = self.transactions.get(at.0) else { return };
+        let dialog = DialogKey::of(message, scan, transaction.dialog.begun_by_backend());
+        if !recorded
+            || !transaction.creates_dialog
+            || dialog == transaction.dialog
+            || transaction.further.contains(&dialog)
+        {
+            return;
+        }
+        let (session, class) = (transaction.session, transaction.class);
+        let Some(leg) = transaction.leg(at.1) else { return };
+        let owner = leg.backend.or_else(|| router.resolve(leg.pin?));
+        let Some((backend, pool)) =
+            owner.and_then(|owner| Some((owner, router.backend(owner)?.pool)))
+        else {
+            return;
+        };
+        if transaction.further.len() >= FURTHER_MAX {
+            return out.note(Note::Count("sip_calls_not_followed"));
+        }
+        transaction.further.push(dialog);
+        // So long its ACK may take.
+        transaction.ends_at = transaction.ends_at.max(Some(now + timeout));
+        let known = router.lookup(now, session);
+        let ttl = self.session_time(message, scan, pool, router);
+        if known.is_none_or(|known| known == backend) {
+            router.hold(now, session, backend, class, ttl);
+            if let Some(transaction) = self.transactions.get(at.0)
+                && (known.is_none() || transaction.holder.is_none())
+            {
+                transaction.holder = Some(dialog);
+            }
+        }
+        out.note(Note::Count("sip_calls_answered_again"));
+        let record = self.with_request(at.0, |engine, request, scan| {
+            let (message, target) = engine.come_again(at.0, request, scan, router)?;
+            let incoming = Incoming::read(&message, scan, router)?;
+            engine.settings.options.cdr.then(|| engine.calls.record(&incoming, &target, Some(pool)))
+        });
+        let call = (dialog, backend, pool);
+        self.follow_call(now, at.0, call, ttl, record.flatten(), router, out);
+    }
+
+    /// A dialog was answered: it is waited for its ACK, and its record is kept.
+    #[allow(clippy::too_many_arguments, reason = "what every handler gets")]
+    fn follow_call(
+        &mut self,
+        now: Instant,
+        slot: u32,
+        (dialog, backend, pool): (DialogKey, BackendId, PoolId),
+        ttl: Duration,
+        record: Option<Box<CallRecord>>,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        let Some(transaction) = self.transactions.get(slot) else { return };
+        let (session, class) = (transaction.session, transaction.class);
+        let (arrived, tries) = (transaction.arrived, transaction.tries);
+        let first = transaction.ringing;
+        if self.settings.options.record_route {
+            // Further answers make the transaction live longer.
+            let wait = self.settings.timeout() * 4;
+            router.remember(now, dialog.unacknowledged(session), backend, class, wait);
         }
         let Some(mut record) = record else { return };
         record.phase = CallPhase::Answered;
@@ -238,12 +315,6 @@ impl SipEngine {
             return;
         }
         self.keep_record(now, dialog.record(session), record, ttl);
-    }
-
-    fn put_back(&mut self, slot: u32, record: Option<Box<CallRecord>>) {
-        if let Some(transaction) = self.transactions.get(slot) {
-            transaction.record = record;
-        }
     }
 
     fn keep_record(&mut self, now: Instant, key: u64, record: Box<CallRecord>, ttl: Duration) {
@@ -262,17 +333,19 @@ impl SipEngine {
         &mut self,
         now: Instant,
         incoming: &Incoming<'_>,
+        begun_by_backend: bool,
         router: &mut dyn Router,
     ) {
         if self.settings.is_stateless() || !self.settings.options.record_route {
             return;
         }
-        let call_id = incoming.scan.value(incoming.message.bytes, Name::CallId);
-        let waiting = unacknowledged(call_id.unwrap_or_default(), router);
-        router.forget(now, waiting);
+        let (message, scan) = (&incoming.message, incoming.scan);
+        let session = session_key(message, scan, incoming.uri, None, router);
+        let dialog = DialogKey::of(message.bytes, scan, begun_by_backend);
+        router.forget(now, dialog.unacknowledged(session));
     }
 
-    /// The time of an INVITE's 2xx is over (Timer L): if nobody acknowledged it, there is no call.
+    /// The time of an INVITE's 2xx is over (Timer L): of those that nobody acknowledged there is no call.
     pub(crate) fn never_acknowledged(
         &mut self,
         now: Instant,
@@ -281,26 +354,24 @@ impl SipEngine {
         out: &mut Outbox,
     ) {
         let Some(transaction) = self.transactions.get(slot) else { return };
-        if transaction.state != State::Accepted || !transaction.creates_dialog {
+        if !transaction.creates_dialog {
             return;
         }
-        let (session, dialog) = (transaction.session, transaction.dialog);
-        let request = std::mem::take(&mut transaction.request);
-        let mut scan = std::mem::take(&mut self.other_scan);
-        if scan.scan(&request).is_ok() {
-            let call_id = scan.value(&request, Name::CallId).unwrap_or_default();
-            let waiting = unacknowledged(call_id, router);
-            if router.lookup(now, waiting).is_some() {
-                router.forget(now, waiting);
-                router.forget(now, session);
-                out.note(Note::Count("sip_calls_never_acknowledged"));
-                let end = CallEnd { by: CallSide::Edge, code: 408, cause: "never_acknowledged" };
-                self.close_record(now, dialog.record(session), end, out);
+        let (session, holder) = (transaction.session, transaction.holder);
+        let first = (transaction.state == State::Accepted).then_some(transaction.dialog);
+        let further = std::mem::take(&mut transaction.further);
+        for dialog in first.into_iter().chain(further) {
+            let waiting = dialog.unacknowledged(session);
+            if router.lookup(now, waiting).is_none() {
+                continue;
             }
-        }
-        self.other_scan = scan;
-        if let Some(transaction) = self.transactions.get(slot) {
-            transaction.request = request;
+            router.forget(now, waiting);
+            if holder == Some(dialog) {
+                router.forget(now, session);
+            }
+            out.note(Note::Count("sip_calls_never_acknowledged"));
+            let end = CallEnd { by: CallSide::Edge, code: 408, cause: "never_acknowledged" };
+            self.close_record(now, dialog.record(session), end, out);
         }
     }
 

@@ -83,6 +83,23 @@ impl SipEngine {
         });
     }
 
+    /// Sends a 2xx on that comes behind another final answer; that one stays what is repeated.
+    pub(crate) fn relay_beside(
+        &mut self,
+        slot: u32,
+        message: &[u8],
+        scan: &Scan,
+        router: &dyn Router,
+        out: &mut Outbox,
+    ) {
+        let mut sent = std::mem::take(&mut self.scratch);
+        self.rendered(slot, message, scan, false, &mut sent, router);
+        if let Some(transaction) = self.transactions.get(slot) {
+            out.send(transaction.client, ClassId::CONTROL, |bytes| bytes.extend_from_slice(&sent));
+        }
+        self.scratch = sent;
+    }
+
     /// Answers the client ourselves and keeps the answer for repetition.
     pub(crate) fn answer_client(
         &mut self,
@@ -334,6 +351,7 @@ impl SipEngine {
             if owner.is_none() || counted.is_none() || counted == owner {
                 router.forget(now, session);
             }
+            router.forget(now, dialog.unacknowledged(session));
             self.call_ended(now, (session, dialog), from_backend, code, out);
         }
     }

@@ -421,6 +421,17 @@ impl SipEngine {
         scan: &'a Scan,
         router: &dyn Router,
     ) -> Option<Target<'a>> {
+        self.come_again(slot, request, scan, router).map(|(_, target)| target)
+    }
+
+    /// A transaction's request as it came, and where it goes.
+    pub(crate) fn come_again<'a>(
+        &mut self,
+        slot: u32,
+        request: &'a [u8],
+        scan: &'a Scan,
+        router: &dyn Router,
+    ) -> Option<(Message<'a>, Target<'a>)> {
         let transaction = self.transactions.get(slot)?;
         let message = Message {
             from: transaction.client,
@@ -435,7 +446,7 @@ impl SipEngine {
         let (method, uri) = (method.of(request), uri.of(request));
         let emergency = transaction.class == strowger_contract::ClassId::EMERGENCY;
         let target = target(&self.settings, &message, scan, method, uri, call_id, router);
-        Some(Target { emergency, ..target })
+        Some((message, Target { emergency, ..target }))
     }
 
     /// Works on a transaction's request as it came.

@@ -265,6 +265,8 @@ impl SipEngine {
             session: session_key(message, incoming.scan, incoming.uri, pool, router),
             call_id: incoming.call_id,
             dialog: DialogKey::of(message.bytes, incoming.scan, target.begun_by_backend),
+            holder: None,
+            further: Vec::new(),
             pool,
             creates_dialog: invite && !in_dialog,
             legs: self.transactions.list(),
@@ -382,7 +384,9 @@ impl SipEngine {
                     transaction.repeat_at = None;
                     // Timer I. Over UDP an instance may repeat its answer for longer (Timer D), and
                     // that is to be acknowledged, not passed on.
-                    if !transaction.legs.iter().any(crate::transaction::Leg::is_datagram) {
+                    if !transaction.legs.iter().any(crate::transaction::Leg::is_datagram)
+                        && transaction.further.is_empty()
+                    {
                         let reliable = transaction.client_reliable;
                         let wait = if reliable { Duration::ZERO } else { t4 };
                         transaction.ends_at = Some(now + wait);
@@ -406,7 +410,7 @@ impl SipEngine {
             // Of a re-INVITE that went there, too.
             return out.hand_over(keeper, &incoming.message);
         }
-        self.call_acknowledged(now, incoming, router);
+        self.call_acknowledged(now, incoming, target.begun_by_backend, router);
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
     }
 

@@ -188,6 +188,10 @@ pub(crate) struct Transaction {
     pub(crate) call_id: u64,
     /// Tells its dialog from others of the same Call-ID.
     pub(crate) dialog: DialogKey,
+    /// The dialog that took the session's slot at an instance.
+    pub(crate) holder: Option<DialogKey>,
+    /// Dialogs of 2xx answers behind the first final one; rare, so it may allocate.
+    pub(crate) further: Vec<DialogKey>,
     pub(crate) pool: Option<PoolId>,
     /// An initial INVITE, that makes a dialog of its session.
     pub(crate) creates_dialog: bool,

@@ -10,7 +10,7 @@ use strowger::routing::{Core, CoreRouter, CoreSettings};
 use strowger_contract::duration::Span;
 use strowger_contract::{
     BackendId, Command, Context, Endpoint, Engine, FlowId, Framer, Framing, Keyer, LocalSocket,
-    Message, Outbox, PeerChange, Protocol, Scope, TokenKeys, Transport, WorkerId,
+    Message, Note, Outbox, PeerChange, Protocol, Scope, TokenKeys, Transport, WorkerId,
 };
 use strowger_diameter::avp::{FLAG_REQUEST, Header, code};
 use strowger_diameter::build::{Builder, append};
@@ -45,10 +45,12 @@ struct Bench {
     now: Instant,
     flow: FlowId,
     backend: BackendId,
-    /// Hop-by-Hop identifiers of requests at the server.
-    asked: Vec<u32>,
+    /// Hop-by-Hop and End-to-End identifiers of requests at the server.
+    asked: Vec<(u32, u32)>,
     closed: bool,
     sent: u64,
+    /// Requests that are answered with others that are under way.
+    joined: u64,
     forwarded: u64,
 }
 
@@ -122,6 +124,7 @@ impl Bench {
             asked: Vec::new(),
             closed: true,
             sent: 0,
+            joined: 0,
             forwarded: 0,
         };
         bench.connect(Endpoint::Backend(backend), false);
@@ -178,7 +181,7 @@ impl Bench {
                     );
                     let header = Header::read(bytes).expect("a header");
                     if header.is_request() && header.application != 0 {
-                        self.asked.push(header.hop_by_hop);
+                        self.asked.push((header.hop_by_hop, header.end_to_end));
                         self.forwarded += 1;
                     }
                     self.sent += 1;
@@ -191,6 +194,8 @@ impl Bench {
                 other => panic!("{other:?}"),
             }
         }
+        let joins = |note: &&Note| matches!(note, Note::Count("diameter_duplicates_joined"));
+        self.joined += self.out.notes().iter().filter(joins).count() as u64;
         self.out.clear();
         let kept = self.asked.len().saturating_sub(PENDING_MAX as usize * 2);
         self.asked.drain(..kept);
@@ -217,11 +222,16 @@ fn group(code: u32, inner: &[(u32, &[u8])]) -> Vec<u8> {
 }
 
 /// A message with all that the relay looks at.
-fn whole(request: bool, application: u32, command: u32, hop: u32, number: u64) -> Vec<u8> {
+fn whole(
+    request: bool,
+    application: u32,
+    command: u32,
+    (hop, end): (u32, u32),
+    number: u64,
+) -> Vec<u8> {
     let mut bytes = Vec::new();
     let flags = if request { 0xc0 } else { 0x40 };
     let imsi = format!("00101{:010}", number % 500);
-    let end = number as u32;
     let mut builder = Builder::new(&mut bytes, flags, command, application, hop, end)
         .text(code::SESSION_ID, &format!("s;{}", number % 2_000))
         .text(code::ORIGIN_HOST, if request { "gw.example.net" } else { "a.example.net" })
@@ -308,23 +318,24 @@ fn run(application: u32, command: u32, seed: u64) {
             bench.connect(Endpoint::Client(bench.flow), true);
         }
         let request = dice.percent(60) || bench.asked.is_empty();
-        let hop = if request {
-            number as u32
+        let identifiers = if request {
+            (number as u32, number as u32)
         } else {
             let at = dice.below(bench.asked.len() as u64) as usize;
             bench.asked.swap_remove(at)
         };
-        let mut bytes = whole(request, application, command, hop, number);
+        let mut bytes = whole(request, application, command, identifiers, number);
         if dice.percent(90) {
             mutate(&mut bytes, &mut dice);
         }
         let header = Header::read(&bytes).expect("long enough");
         let upkeep = header.application == 0;
         if request {
-            let sent = bench.sent;
+            let told = bench.sent + bench.joined;
             bench.feed(Endpoint::Client(bench.flow), &bytes);
             if header.is_request() && !upkeep {
-                assert!(bench.sent > sent, "seed {seed}, message {number}: nobody was told");
+                let now_told = bench.sent + bench.joined;
+                assert!(now_told > told, "seed {seed}, message {number}: nobody was told");
             }
             assert!(
                 !bench.closed || upkeep,

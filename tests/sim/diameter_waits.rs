@@ -2,18 +2,22 @@
 
 use std::time::Duration;
 
+use strowger_contract::handover::{Clock, by_clock};
 use strowger_contract::{
-    BackendId, Command, Endpoint, Engine, FlowId, PeerChange, Router, Transport, WorkerId,
+    BackendId, CloseCause, Command, Endpoint, Engine, FlowId, PeerChange, Router, Transport,
+    WorkerId,
 };
 use strowger_diameter::Diameter;
-use strowger_diameter::avp::{FLAG_REQUEST, Header, Summary, code};
+use strowger_diameter::avp::{FLAG_REQUEST, FLAG_RETRANSMITTED, Header, Summary, code};
 use strowger_diameter::build::{Builder, append};
+use strowger_diameter::frame::MESSAGE_BYTES_MAX;
 
 use crate::rig::Rig;
 
 const GX: u32 = 16_777_238;
 
 struct Bench {
+    yaml: String,
     rig: Rig<Diameter>,
     client: Endpoint,
     /// What went to backends: backend, Session-Id, header.
@@ -28,14 +32,19 @@ impl Bench {
             "version: 1\nclasses: {{ setup: {{ deadline: 5s }} }}\nlisteners:\n  - {{ name: d, protocol: diameter, bind: [tcp://127.0.0.1:3868], pool: p, options: {{ origin_host: edge.example.net, origin_realm: example.net{options} }} }}\npools:\n  p:\n    balance: round-robin\n    bind_keys: [imsi]\n    backends:\n      - {{ id: a, address: tcp://127.0.0.1:3871, capacity: {capacity} }}\n      - {{ id: b, address: tcp://127.0.0.1:3872, capacity: {capacity} }}\n"
         );
         let client = Endpoint::Client(FlowId::new(WorkerId(0), 1, 1));
-        let rig = Rig::<Diameter>::new(&yaml, 1);
-        let mut bench = Self { rig, client, sent: Vec::new(), answers: Vec::new() };
+        let mut bench = Self::bare(yaml);
         for id in ["a", "b"] {
             let backend = Endpoint::Backend(bench.backend(id));
             bench.connect(backend, 0, id);
         }
         bench.connect(client, FLAG_REQUEST, "client");
         bench
+    }
+
+    fn bare(yaml: String) -> Self {
+        let client = Endpoint::Client(FlowId::new(WorkerId(0), 1, 1));
+        let rig = Rig::<Diameter>::new(&yaml, 2);
+        Self { yaml, rig, client, sent: Vec::new(), answers: Vec::new() }
     }
 
     fn backend(&self, id: &str) -> BackendId {
@@ -99,10 +108,18 @@ impl Bench {
 
     /// The backend answers its request of a session.
     fn answer(&mut self, session: &str, result: u32) {
-        let at = self.sent.iter().rposition(|(_, of, _)| of == session).expect("it was sent");
-        let (backend, _, header) = self.sent[at].clone();
-        let mut bytes = Vec::new();
-        let (hop, end) = (header.hop_by_hop, header.end_to_end);
+        let (_, _, header) = self.sent_of(session);
+        self.answer_as(session, result, header.end_to_end);
+    }
+
+    /// What was sent of a session last.
+    fn sent_of(&self, session: &str) -> (BackendId, String, Header) {
+        self.sent.iter().rfind(|(_, of, _)| of == session).expect("it was sent").clone()
+    }
+
+    fn answer_as(&mut self, session: &str, result: u32, end: u32) {
+        let (backend, _, header) = self.sent_of(session);
+        let (mut bytes, hop) = (Vec::new(), header.hop_by_hop);
         Builder::new(&mut bytes, 0x40, header.command, header.application, hop, end)
             .text(code::SESSION_ID, session)
             .number(code::RESULT_CODE, result)
@@ -220,4 +237,97 @@ fn a_grant_over_the_rate_goes_elsewhere() {
     bench.answer("three", 2_001);
     assert_eq!(bench.answers.len(), 3);
     assert_eq!((bench.in_flight("a"), bench.in_flight("b")), (0, 0));
+}
+
+/// RFC 6733 3: an answer bears both identifiers of its request.
+#[test]
+fn an_answer_to_something_else_is_not_taken() {
+    let mut bench = Bench::new("", 10);
+    bench.begin("one", "001", 7);
+    bench.answer_as("one", 2_001, 8);
+    assert_eq!(bench.answers, []);
+    assert_eq!(bench.rig.engine.in_progress(), 1);
+    bench.answer("one", 2_001);
+    assert_eq!(bench.answers, [("one".to_owned(), 2_001)]);
+}
+
+/// A request that was lost waits for another server while another process takes over. It goes on there
+/// as what it was, though the links are another worker's, and that one is restored after its own.
+#[test]
+fn what_waits_goes_on_in_another_process() {
+    let mut bench = Bench::new("", 1);
+    bench.begin("one", "001", 1);
+    bench.begin("two", "002", 2);
+    let [one, two] = ["one", "two"].map(|session| bench.owner(session).expect("sent"));
+    bench.rig.peer(Endpoint::Backend(one), PeerChange::Closed(CloseCause::Reset));
+    bench.settle();
+    bench.begin("three", "003", 3);
+    assert_eq!(bench.sent.len(), 2, "both wait for the other's slot");
+    assert_eq!(bench.rig.engine.in_progress(), 3);
+    let clock = Clock { instant: bench.rig.now, nanos: 1 };
+    let saved = by_clock(clock, || bench.rig.engine.save()).expect("it knows how");
+
+    let mut next = Bench::bare(bench.yaml.clone());
+    next.rig.now = bench.rig.now;
+    next.sent = bench.sent.clone();
+    let mut links = next.rig.other_worker(&bench.yaml, 1, 2);
+    let Rig { engine, router, out, now, .. } = &mut next.rig;
+    by_clock(clock, || engine.restore(*now, &saved, router, out)).expect("it was saved");
+    // The link is the other worker's, as far as the core knows.
+    router.link(*now, two, 0, strowger_contract::Link::Down(CloseCause::End));
+    next.settle();
+    assert_eq!(next.answers, [], "nobody is refused before all are there");
+    assert_eq!(next.rig.engine.in_progress(), 3);
+    let up = strowger_contract::Link::Up { identity: b"b.example.net", capabilities: &[u32::MAX] };
+    links.router.link(next.rig.now, two, 0, up);
+    next.rig.router.refresh();
+    next.rig.pass(Duration::ZERO, |_| {});
+    assert_eq!(next.rig.engine.in_progress(), 3);
+    next.answer("two", 2_001);
+    for _ in 0..2 {
+        next.grant();
+        let (backend, session, header) = next.sent.last().expect("it is granted").clone();
+        assert_eq!(backend, two);
+        let resent = header.flags & FLAG_RETRANSMITTED != 0;
+        assert_eq!(resent, session == "one", "it keeps its T, and only it");
+        next.answer(&session, 2_001);
+    }
+    assert_eq!(next.answers.len(), 3);
+    assert!(next.answers.iter().all(|(_, result)| *result == 2_001), "{:?}", next.answers);
+}
+
+/// A server's own request that has no room for a Route-Record is answered.
+#[test]
+fn a_servers_request_without_room_is_answered() {
+    let mut bench = Bench::new("", 10);
+    let server = Endpoint::Backend(bench.backend("a"));
+    let ask = |bench: &mut Bench, length: usize| {
+        let mut bytes = Vec::new();
+        let base = |bytes: &mut Vec<u8>, pad: usize| {
+            bytes.clear();
+            Builder::request(bytes, 258, GX, 5, 6)
+                .text(code::SESSION_ID, "s")
+                .text(code::ORIGIN_HOST, "a.example.net")
+                .text(code::ORIGIN_REALM, "example.net")
+                .text(code::DESTINATION_HOST, "client.example.net")
+                .bytes(25, &vec![0; pad])
+                .finish();
+        };
+        base(&mut bytes, 0);
+        let room = length - bytes.len();
+        base(&mut bytes, room);
+        assert_eq!(bytes.len(), length);
+        bench.rig.message(server, &bytes);
+        let sent = bench.rig.out.commands().iter().find_map(|command| match command {
+            Command::Send(frame) => {
+                let bytes = bench.rig.out.bytes(&frame.bytes);
+                Some((frame.to, Summary::of(bytes).result_code))
+            }
+            _ => None,
+        });
+        sent.expect("something goes out")
+    };
+    assert_eq!(ask(&mut bench, 1_000), (bench.client, None));
+    assert_eq!(ask(&mut bench, MESSAGE_BYTES_MAX), (server, Some(5_015)));
+    assert_eq!(bench.rig.engine.in_progress(), 1);
 }

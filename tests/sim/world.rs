@@ -166,22 +166,23 @@ pub(crate) fn pool_spec(
     }
 }
 
+fn settings(seed: u64) -> CoreSettings {
+    CoreSettings {
+        token_keys: TokenKeys::new(vec![[3; 16]]),
+        keyer: Keyer::new([4; 16]),
+        seed,
+        sessions_max: 1 << 12,
+        bindings_max: 1 << 12,
+        workers: 2,
+        advise: strowger::routing::no_advice,
+    }
+}
+
 impl World {
     pub(crate) fn new(seed: u64, transports: &'static [Transport], needs_link: bool) -> Self {
         let mut dice = Dice(mix(seed));
         let start = Instant::now();
-        let core = Core::new(
-            CoreSettings {
-                token_keys: TokenKeys::new(vec![[3; 16]]),
-                keyer: Keyer::new([4; 16]),
-                seed,
-                sessions_max: 1 << 12,
-                bindings_max: 1 << 12,
-                workers: 2,
-                advise: strowger::routing::no_advice,
-            },
-            start,
-        );
+        let core = Core::new(settings(seed), start);
         let balances =
             [Balance::Hash, Balance::LeastLoaded, Balance::WeightedRandom, Balance::RoundRobin];
         let spec = PoolSpec {
@@ -279,6 +280,16 @@ impl World {
         self.spec.backends = wanted.collect();
         let spec = SnapshotSpec { pools: vec![self.spec.clone()], ..SnapshotSpec::default() };
         self.core.apply(self.now(), spec);
+    }
+
+    /// The core goes to another process: a new one has all that the old one hands over, and no more.
+    pub(crate) fn renew_core(&mut self) {
+        let (now, old) = (self.now(), Arc::clone(&self.core));
+        let core = Core::planted(settings(self.seed), &old.seed_of()).expect("a core's seed");
+        self.core = core;
+        self.apply();
+        let mut give = |part: &[u8]| self.core.take_over(now, part);
+        old.save(now, &mut give).expect("what one gives the other takes");
     }
 
     /// How many links are wanted to each instance.

@@ -36,19 +36,27 @@ impl<P: Protocol> Rig<P> {
             },
             now,
         );
-        let spec = spec(yaml, &core);
-        let setup = Arc::clone(&spec.listeners[0].setup);
+        core.apply(now, spec(yaml, &core));
+        Self::of_worker(yaml, core, 0, workers, now)
+    }
+
+    /// The engine of another worker, over the same core.
+    pub fn other_worker(&self, yaml: &str, worker: u8, workers: u8) -> Self {
+        Self::of_worker(yaml, Arc::clone(&self.core), worker, workers, self.now)
+    }
+
+    fn of_worker(yaml: &str, core: Arc<Core>, worker: u8, workers: u8, now: Instant) -> Self {
+        let setup = Arc::clone(&spec(yaml, &core).listeners[0].setup);
         let setup = setup.downcast_ref::<Setup<P>>().expect("a listener of this protocol");
-        core.apply(now, spec.clone());
         let engine = P::engine(&Context {
-            worker: WorkerId(0),
+            worker: WorkerId(worker),
             workers,
             seed: 5,
             started: 1,
             scope: &setup.scope,
             options: &setup.options,
         });
-        let router = core.router(WorkerId(0));
+        let router = core.router(WorkerId(worker));
         Self { core, router, engine, out: Outbox::new(), now }
     }
 

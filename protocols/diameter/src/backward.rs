@@ -41,7 +41,11 @@ impl DiameterEngine {
         if worker != self.settings.worker && worker.0 < self.settings.workers {
             return out.hand_over(worker, message);
         }
-        let Some(pending) = self.pending.get(identifier).filter(|it| it.to == message.from) else {
+        // RFC 6733 3: the End-to-End identifier comes back too. The other one may be of a request that
+        // went over the same connection long ago.
+        let is_its =
+            |it: &&mut Pending| it.to == message.from && it.end_to_end == header.end_to_end;
+        let Some(pending) = self.pending.get(identifier).filter(is_its) else {
             return out.drop_message("answer_unmatched");
         };
         if pending.lost {

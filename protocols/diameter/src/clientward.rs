@@ -99,14 +99,23 @@ impl DiameterEngine {
             }
             Ok(identifier) => {
                 let client = self.identity_of(Endpoint::Client(flow)).unwrap_or_default();
-                let (changes, mut applied) = (&mut self.changes, Applied::default());
+                let (mut fits, mut applied) = (true, Applied::default());
+                let changes = &mut self.changes;
                 out.send(Endpoint::Client(flow), class, |bytes| {
                     let start = bytes.len();
-                    rewrite::request(message.bytes, identifier, false, &from, bytes);
-                    applied = changes.for_client(bytes, start, &client, None);
+                    fits = rewrite::request(message.bytes, identifier, false, &from, bytes);
+                    if fits {
+                        applied = changes.for_client(bytes, start, &client, None);
+                    }
                 });
                 applied.note(out);
-                self.schedule(now, expires, identifier);
+                if fits {
+                    return self.schedule(now, expires, identifier);
+                }
+                if let Some(pending) = self.pending.remove(identifier) {
+                    let what = (result::INVALID_MESSAGE_LENGTH, "too long with our Route-Record");
+                    self.give_up(now, pending, what, RequestOutcome::Rejected, router, out);
+                }
             }
         }
     }

@@ -210,6 +210,8 @@ pub struct DiameterEngine {
     pub(crate) changes: Changes,
     /// Requests that the router lets wait.
     pub(crate) waiting: NumberMap<Ticket, Box<Pending>>,
+    /// Those of another process, until the first call after it was taken over.
+    pub(crate) unplaced: Vec<Pending>,
     pub(crate) reports: Reports,
     pub(crate) redirects: Redirects,
     pub(crate) duplicates: Duplicates,
@@ -238,6 +240,7 @@ impl DiameterEngine {
             draining: false,
             lower: Vec::new(),
             waiting: NumberMap::default(),
+            unplaced: Vec::new(),
             reports: Reports::default(),
             redirects: Redirects::default(),
             duplicates: Duplicates::default(),
@@ -354,6 +357,7 @@ impl Engine for DiameterEngine {
     }
 
     fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {
+        self.place_waiting(now, router, out);
         let mut due = std::mem::take(&mut self.due);
         if let Some(wheel) = &mut self.wheel {
             wheel.advance(now, |key| due.push(key));
@@ -374,6 +378,9 @@ impl Engine for DiameterEngine {
     }
 
     fn next_timeout(&self) -> Option<Instant> {
+        if let Some(pending) = self.unplaced.first() {
+            return Some(pending.arrived);
+        }
         let wheel = self.wheel.as_ref().and_then(Wheel::next);
         [wheel, self.next_upkeep].into_iter().flatten().min()
     }
@@ -384,7 +391,7 @@ impl Engine for DiameterEngine {
     }
 
     fn in_progress(&self) -> usize {
-        self.pending.len() + self.waiting.len()
+        self.pending.len() + self.waiting.len() + self.unplaced.len()
     }
 
     fn save(&self) -> Option<Vec<u8>> {

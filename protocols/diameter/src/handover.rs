@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 use strowger_contract::handover::{Broken, read, write};
-use strowger_contract::{
-    BackendId, Endpoint, FlowId, Link, Message, NumberMap, Outbox, Router, Transport,
-};
+use strowger_contract::{BackendId, Endpoint, FlowId, Link, NumberMap, Outbox, Router};
 
+use crate::avp::Summary;
 use crate::engine::DiameterEngine;
+use crate::onward::{keys_of, unbind_refused};
 use crate::overload::Reports;
 use crate::peer::{Peer, State};
 use crate::pending::{Pending, TRIES_MAX};
@@ -21,6 +21,7 @@ struct Saved<'a> {
     clients: &'a NumberMap<FlowId, Peer>,
     backends: &'a NumberMap<(BackendId, u8), Peer>,
     pending: Vec<(u32, &'a Pending)>,
+    generations: Vec<u8>,
     waiting: Vec<&'a Pending>,
     reports: &'a Reports,
     given_up: &'a HashSet<(BackendId, u8)>,
@@ -32,6 +33,7 @@ struct Restored {
     clients: NumberMap<FlowId, Peer>,
     backends: NumberMap<(BackendId, u8), Peer>,
     pending: Vec<(u32, Pending)>,
+    generations: Vec<u8>,
     waiting: Vec<Pending>,
     reports: Reports,
     given_up: HashSet<(BackendId, u8)>,
@@ -51,7 +53,8 @@ impl DiameterEngine {
             clients: &self.clients,
             backends: &self.backends,
             pending: self.pending.all(),
-            waiting: self.waiting.values().map(|pending| &**pending).collect(),
+            generations: self.pending.generations(),
+            waiting: self.all_waiting().collect(),
             reports: &self.reports,
             given_up: &self.given_up,
             end_to_end: self.end_to_end,
@@ -82,7 +85,7 @@ impl DiameterEngine {
         for (identifier, at) in hedges.collect::<Vec<_>>() {
             self.schedule(now, at, identifier);
         }
-        self.pending.take_over(saved.pending)?;
+        self.pending.take_over(saved.pending, &saved.generations)?;
         for (identifier, expires, backend) in expiries {
             self.schedule(now, expires, identifier);
             if let Some(backend) = backend {
@@ -93,9 +96,9 @@ impl DiameterEngine {
         self.reports = saved.reports;
         (self.given_up, self.end_to_end) = (saved.given_up, saved.end_to_end);
         self.introduce_peers(now, router, out);
-        for pending in saved.waiting {
-            self.ask_again(now, &pending, router, out);
-        }
+        // Not yet: the links that they go over may be another worker's, which has told of none so far.
+        self.unplaced = saved.waiting;
+        self.unplaced.sort_by_key(|pending| pending.arrived);
         self.arm_upkeep(now);
         Ok(())
     }
@@ -121,25 +124,41 @@ impl DiameterEngine {
         }
     }
 
-    /// A request that waited in the other process's queue is placed as if it had come just now.
-    fn ask_again(
+    /// Requests that wait, also those that did in another process.
+    fn all_waiting(&self) -> impl Iterator<Item = &Pending> {
+        self.waiting.values().map(|pending| &**pending).chain(&self.unplaced)
+    }
+
+    /// Places the requests that waited in the other process's queue, now that all workers are there.
+    /// Each goes on as what it was: its tries, its T and its end are not forgotten.
+    pub(crate) fn place_waiting(
         &mut self,
         now: Instant,
-        pending: &Pending,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let Some((remote, local)) = self.peer(pending.origin).map(|peer| peer.addresses()) else {
-            return;
-        };
-        let message = Message {
-            from: pending.origin,
-            transport: Transport::Tcp,
-            remote,
-            local,
-            arrived: pending.arrived,
-            bytes: &pending.request,
-        };
-        self.dispatch(now, &message, router, out);
+        for mut pending in std::mem::take(&mut self.unplaced) {
+            if self.peer(pending.origin).is_none() {
+                unbind_refused(now, &pending, router);
+                continue;
+            }
+            pending.rules = self.settings.rules_for(&pending.request);
+            self.place(now, pending, router, out);
+        }
+    }
+
+    /// Places a request anew that has waited in another process's queue.
+    fn place(&mut self, now: Instant, pending: Pending, router: &mut dyn Router, out: &mut Outbox) {
+        let Some(pool) = pending.pool else { return };
+        let summary = Summary::of(&pending.request);
+        let mut aim = self.named(pool, &summary, pending.in_session, router);
+        let led = pending.binds || pending.follows;
+        if aim.pin.is_none() && led && router.lookup(now, pending.place).is_none() {
+            let keys = keys_of(&pending, router);
+            aim = self.bound(now, &keys, pending.binds, router).unwrap_or_default();
+        }
+        let strict = pending.fixed || pending.in_session && aim.pin.is_none();
+        let choice = self.choose(now, &pending, aim.pin, strict, router);
+        self.follow(now, pending, choice, router, out);
     }
 }

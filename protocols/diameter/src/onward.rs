@@ -36,8 +36,8 @@ pub(crate) enum Choice {
 
 /// Where a request must or should go, before the router is asked.
 #[derive(Clone, Copy, Default)]
-struct Aim {
-    pin: Option<Pin>,
+pub(crate) struct Aim {
+    pub(crate) pin: Option<Pin>,
     /// Nobody else will do.
     only: bool,
 }
@@ -169,7 +169,7 @@ impl DiameterEngine {
     }
 
     /// Does with a request what was chosen for it.
-    fn follow(
+    pub(crate) fn follow(
         &mut self,
         now: Instant,
         pending: Pending,
@@ -292,7 +292,7 @@ impl DiameterEngine {
 
     /// The backend that the Destination-Host names, in the route's pool or any of the listener's, or
     /// one that stands in for it.
-    fn named(
+    pub(crate) fn named(
         &self,
         pool: PoolId,
         summary: &Summary<'_>,
@@ -338,7 +338,7 @@ impl DiameterEngine {
     /// The backend that has the subscriber, by the first of its names that is bound. A session that
     /// creates a binding follows names that are its own subscriber's only: an address may have been
     /// somebody else's until now.
-    fn bound(
+    pub(crate) fn bound(
         &self,
         now: Instant,
         keys: &Keys,
@@ -668,7 +668,7 @@ pub(crate) fn unbind_refused(now: Instant, pending: &Pending, router: &mut dyn R
 }
 
 /// The names of a request's subscriber.
-fn keys_of(pending: &Pending, router: &dyn Router) -> Keys {
+pub(crate) fn keys_of(pending: &Pending, router: &dyn Router) -> Keys {
     let pool = pending.pool;
     pool.map_or_else(Keys::default, |pool| Subscriber::of(&pending.request).keys(pool, router))
 }

@@ -88,11 +88,6 @@ pub(crate) struct Peer {
 }
 
 impl Peer {
-    /// The other side's address, and ours.
-    pub(crate) fn addresses(&self) -> (SocketAddr, SocketAddr) {
-        (self.remote, self.local)
-    }
-
     /// Whether it may be a backend that is to be at `address`: its certificate says so ([`Peer::may_be`]), or
     /// it comes from that host.
     pub(crate) fn may_serve_at(&self, address: SocketAddr) -> bool {

@@ -199,20 +199,27 @@ impl Pendings {
             .collect()
     }
 
-    /// Takes those of another process over, each under its own identifier.
-    pub(crate) fn take_over(&mut self, all: Vec<(u32, Pending)>) -> Result<(), Broken> {
+    /// How often each slot was used, for another process: what comes late finds nothing there either.
+    pub(crate) fn generations(&self) -> Vec<u8> {
+        self.slots.iter().map(|(generation, _)| *generation).collect()
+    }
+
+    /// Takes those of another process over, each under its own identifier, and all `generations`.
+    pub(crate) fn take_over(
+        &mut self,
+        all: Vec<(u32, Pending)>,
+        generations: &[u8],
+    ) -> Result<(), Broken> {
+        if generations.len() > SLOTS_MAX as usize {
+            return Err(Broken);
+        }
+        self.slots = generations.iter().map(|&generation| (generation, None)).collect();
         for (identifier, pending) in all {
             let slot = (identifier & (SLOTS_MAX - 1)) as usize;
             let generation = (identifier >> 18) as u8;
-            if self.slots.len() <= slot {
-                self.slots.resize_with(slot + 1, || (0, None));
-            }
-            let entry = &mut self.slots[slot];
-            *entry = (generation, Some(pending));
             let mine = identifier == self.identifier(generation, slot as u32);
-            if !mine {
-                return Err(Broken);
-            }
+            let entry = self.slots.get_mut(slot).filter(|entry| mine && entry.0 == generation);
+            entry.ok_or(Broken)?.1 = Some(pending);
         }
         self.len = self.slots.iter().filter(|(_, pending)| pending.is_some()).count();
         let free = self.slots.iter().enumerate().filter(|(_, (_, pending))| pending.is_none());
@@ -232,5 +239,77 @@ impl Pendings {
             wanted(pending).then(|| self.identifier(entry.0, slot as u32))
         };
         self.slots.iter().enumerate().filter_map(each).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pending() -> Pending {
+        let now = Instant::now();
+        let from = Endpoint::Backend(BackendId(1));
+        Pending {
+            origin: from,
+            sender: None,
+            hop_by_hop: 1,
+            end_to_end: 1,
+            to: from,
+            backend: None,
+            pool: None,
+            rules: None,
+            session: None,
+            place: strowger_contract::Keyer::new([1; 16]).session(5, b"s"),
+            ends_session: false,
+            in_session: false,
+            fixed: false,
+            binds: false,
+            follows: false,
+            resent: false,
+            lanes_lost: 0,
+            redirects: 0,
+            application: 4,
+            command: 272,
+            class: ClassId::CONTROL,
+            arrived: now,
+            deadline: now,
+            expires: now,
+            sent: now,
+            tried: [BackendId(0); TRIES_MAX],
+            tries: 0,
+            hedge_at: None,
+            twin: None,
+            lost: false,
+            request: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn an_identifier_that_was_used_in_another_process_is_not_given_again() {
+        let (mut old, mut new) = (Pendings::new(WorkerId(2)), Pendings::new(WorkerId(2)));
+        let mut given = Vec::new();
+        for _ in 0..10 {
+            given.push(old.insert(pending(), 100).expect("there is room"));
+        }
+        for identifier in &given[..9] {
+            assert!(old.remove(*identifier).is_some());
+        }
+        let all = vec![(given[9], old.remove(given[9]).expect("it is there"))];
+        let mut wrong = Pendings::new(WorkerId(2));
+        assert_eq!(wrong.take_over(vec![(given[9], pending())], &[0; 4]), Err(Broken));
+        assert_eq!(new.take_over(all, &old.generations()), Ok(()));
+        assert_eq!(new.len(), 1);
+        assert!(new.get(given[9]).is_some() && new.get(given[0]).is_none());
+        let mut again = Vec::new();
+        for _ in 0..2_000 {
+            let identifier = new.insert(pending(), 10_000).expect("there is room");
+            assert!(new.remove(identifier).is_some());
+            again.push(identifier);
+        }
+        assert!(given.iter().all(|identifier| !again.contains(identifier)));
+        assert_eq!(
+            again.iter().filter(|it| given[0] & (SLOTS_MAX - 1) == **it & (SLOTS_MAX - 1)).count(),
+            1
+        );
     }
 }

@@ -250,7 +250,8 @@ impl Sim {
         }
     }
 
-    /// Now and then another process takes over: all engines are new, with the old ones' state.
+    /// Now and then another process takes over: all engines and the core are new, with the old ones'
+    /// state.
     fn maybe_upgrade(&mut self) {
         let mut dice = dice_for(self.world.seed, b"upgrade", self.world.us);
         if !dice.percent(1) {
@@ -265,9 +266,19 @@ impl Sim {
             .iter()
             .map(|worker| by_clock(old_clock, || worker.engine.save()).expect("it knows how"))
             .collect();
+        self.world.renew_core();
+        // What has left the configuration is not there in the new process, not even to drain.
+        let sites = &self.world.sites;
+        let stays = |(id, generation, _): &(String, u64, u32)| {
+            let mut sites = sites.iter();
+            sites.any(|site| site.wanted && site.id == *id && site.generation == *generation)
+        };
+        for session in &mut self.sessions {
+            session.owner = session.owner.take().filter(stays);
+        }
         for (index, saved) in saved.iter().enumerate() {
             let worker = &mut self.workers[index];
-            worker.router.abandon_all(now);
+            worker.router = self.world.core.router(WorkerId(index as u8));
             worker.engine = (self.fresh)(index, self.upgrades);
             self.call(index, &mut |engine, now, router, out| {
                 let clock = Clock { instant: now, nanos: 7_000_000_000 };
@@ -372,6 +383,7 @@ impl Sim {
             .ok()
             .and_then(|name| name.rsplit(';').next()?.parse().ok())
             .expect("a number");
+        self.world.say(|| format!("    session {number} goes to {backend:?}"));
         let session = &mut self.sessions[number];
         let new = (spec.id.clone(), spec.generation, header.end_to_end);
         if let Some((id, generation, end_to_end)) = session.owner.replace(new)

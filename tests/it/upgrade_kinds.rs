@@ -297,6 +297,47 @@ fn udp_flows_keep_their_backend_and_socket() {
     assert_eq!(line.metric("strowger_protocol_total{listener=\"media\",what=\"flow_opened\""), 0.0);
 }
 
+/// A flow of a `udp` listener that waits for a slot keeps its place and what its client has sent.
+#[test]
+fn udp_flows_that_wait_lose_no_datagram() {
+    let _alone = alone();
+    let port = free_port();
+    let backend = UdpSocket::bind("127.0.0.1:0").expect("loopback");
+    backend.set_read_timeout(Some(LONG)).expect("an option");
+    let mut line = Line::start(&format!(
+        "{HEAD}classes:\n  setup: {{ queue_max: 9, deadline: 30s }}\nlisteners:\n  - {{ name: names, protocol: udp, bind: [\"udp://127.0.0.1:{port}\"], pool: back, options: {{ responses: 1 }} }}\npools:\n  back: {{ backends: [{{ id: a, address: \"udp://{}\", capacity: 1 }}] }}\n",
+        backend.local_addr().expect("bound"),
+    ));
+    let client = || {
+        let client = UdpSocket::bind("127.0.0.1:0").expect("loopback");
+        client.connect(("127.0.0.1", port)).expect("loopback");
+        client.set_read_timeout(Some(LONG)).expect("an option");
+        client
+    };
+    let hear = || {
+        let mut buffer = [0; 100];
+        let (length, from) = backend.recv_from(&mut buffer).expect("a datagram");
+        (String::from_utf8_lossy(&buffer[..length]).into_owned(), from)
+    };
+    let (first, second) = (client(), client());
+    first.send(b"first").expect("sent");
+    let (told, to) = hear();
+    assert_eq!(told, "first");
+    second.send(b"second").expect("sent");
+    let opened = "strowger_protocol_total{listener=\"names\",what=\"flow_opened\"";
+    line.until("both flows", |line| line.metric(opened) == 2.0);
+    line.upgrade();
+    line.old_one_ends();
+    // The answer ends the first flow: its slot is the second one's.
+    backend.send_to(b"answer", to).expect("sent");
+    assert_eq!(first.recv(&mut [0; 9]).expect("an answer"), 6);
+    let (told, to) = hear();
+    assert_eq!(told, "second");
+    backend.send_to(b"answer", to).expect("sent");
+    assert_eq!(second.recv(&mut [0; 9]).expect("an answer"), 6);
+    assert_eq!(line.metric(opened), 0.0, "it began anew");
+}
+
 /// Ends a process that is not this one's child.
 struct Stranger(String);
 

@@ -63,6 +63,9 @@ pub struct UdpEngine {
     kept_bytes: usize,
     /// When what flows keep is given up, by number and birth.
     kept: VecDeque<(Instant, u32, u64)>,
+    /// Flows that waited for a slot in another process, by number and birth: from that time on they ask
+    /// anew, when all workers have said what they hold.
+    unplaced: Vec<(Instant, u32, u64)>,
 }
 
 impl UdpEngine {
@@ -87,6 +90,7 @@ impl UdpEngine {
             waiting: NumberMap::default(),
             kept_bytes: 0,
             kept: VecDeque::new(),
+            unplaced: Vec::new(),
         }
     }
 
@@ -95,7 +99,8 @@ impl UdpEngine {
         let waiting = std::mem::take(&mut self.waiting);
         let kept = std::mem::take(&mut self.kept);
         let kept_bytes = self.kept_bytes;
-        *self = Self { flows, waiting, kept, kept_bytes, ..Self::new(context) };
+        let unplaced = std::mem::take(&mut self.unplaced);
+        *self = Self { flows, waiting, kept, kept_bytes, unplaced, ..Self::new(context) };
     }
 
     fn pool_for(&self, source: IpAddr, datagram: &[u8]) -> Option<PoolId> {
@@ -421,16 +426,18 @@ struct SavedFlow {
     began: Instant,
     #[serde(with = "moment")]
     last: Instant,
-    backend: BackendId,
+    backend: Option<BackendId>,
+    tried: Vec<BackendId>,
     answered: Option<Duration>,
     owed: u32,
+    kept: Vec<Box<[u8]>>,
 }
 
 impl SavedFlow {
-    fn of(number: u32, flow: &Flow, last: Instant) -> Option<Self> {
-        let Flow { client, session, pool, class, arrived, began, answered, owed, .. } = *flow;
-        let backend = flow.backend?;
-        Some(Self {
+    fn of((number, flow, last): (u32, &Flow, Instant)) -> Self {
+        let Flow { client, session, pool, class, arrived, began, backend, answered, owed, .. } =
+            *flow;
+        Self {
             number,
             client,
             session,
@@ -440,15 +447,17 @@ impl SavedFlow {
             began,
             last,
             backend,
+            tried: flow.tried.clone(),
             answered,
             owed,
-        })
+            kept: flow.kept.clone(),
+        }
     }
 
     fn flow(self) -> (u32, Flow, Instant) {
         let mut flow = Flow::new(self.arrived, self.client, self.session, self.pool, self.class);
-        (flow.began, flow.backend) = (self.began, Some(self.backend));
-        (flow.answered, flow.owed) = (self.answered, self.owed);
+        (flow.began, flow.backend, flow.tried) = (self.began, self.backend, self.tried);
+        (flow.answered, flow.owed, flow.kept) = (self.answered, self.owed, self.kept);
         (self.number, flow, self.last)
     }
 }
@@ -544,6 +553,11 @@ impl Engine for UdpEngine {
     }
 
     fn on_timeout(&mut self, now: Instant, router: &mut dyn Router, out: &mut Outbox) {
+        for (_, number, birth) in std::mem::take(&mut self.unplaced) {
+            if self.flows.get(number).is_some_and(|flow| flow.birth == birth) {
+                self.place(now, number, router, out);
+            }
+        }
         while let Some(&(at, number, birth)) = self.kept.front()
             && at <= now
         {
@@ -560,8 +574,9 @@ impl Engine for UdpEngine {
     }
 
     fn next_timeout(&self) -> Option<Instant> {
+        let unplaced = self.unplaced.first().map(|(at, ..)| *at);
         let kept = self.kept.front().map(|(at, ..)| *at);
-        kept.into_iter().chain(self.flows.next_expiry(self.idle)).min()
+        unplaced.into_iter().chain(kept).chain(self.flows.next_expiry(self.idle)).min()
     }
 
     fn on_drain(&mut self, _: Instant, _: &mut dyn Router, _: &mut Outbox) {}
@@ -570,12 +585,10 @@ impl Engine for UdpEngine {
         self.flows.len()
     }
 
-    /// Flows that have a backend. Those that wait for one begin anew with their clients' next
-    /// datagram.
+    /// All flows, with what they keep. Tickets mean nothing elsewhere: who waits asks anew there.
     fn save(&self) -> Option<Vec<u8>> {
         let all = self.flows.by_silence().into_iter();
-        let saved = all.filter_map(|(number, flow, last)| SavedFlow::of(number, flow, last));
-        Some(write(&saved.collect::<Vec<_>>()))
+        Some(write(&all.map(SavedFlow::of).collect::<Vec<_>>()))
     }
 
     fn restore(
@@ -598,6 +611,44 @@ impl Engine for UdpEngine {
         for backend in taken {
             router.resume(now, backend);
         }
+        for (number, flow, _) in self.flows.by_silence() {
+            if flow.backend.is_none() {
+                self.unplaced.push((now, number, flow.birth));
+            }
+            if !flow.kept.is_empty() {
+                self.kept.push_back((now + KEPT_FOR, number, flow.birth));
+                self.kept_bytes += flow.kept.iter().map(|bytes| bytes.len()).sum::<usize>();
+            }
+        }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use strowger_contract::handover::{Clock, by_clock};
+
+    use super::*;
+
+    #[test]
+    fn another_process_can_still_try_a_third_backend() {
+        let (now, key) = (Instant::now(), SessionKey { stable: 1, keyed: 2 });
+        let mut flows = Flows::default();
+        let client = (0, std::net::SocketAddr::from(([192, 0, 2, 1], 1)));
+        let number = flows.insert(now, client, key, PoolId(0), ClassId::SETUP);
+        let flow = flows.get(number).expect("it was entered");
+        flow.tried = vec![BackendId(3), BackendId(4)];
+        flow.backend = Some(BackendId(4));
+        flow.kept = vec![Box::from(*b"one"), Box::from(*b"two")];
+        let bytes = by_clock(Clock { instant: now, nanos: 0 }, || {
+            write(&flows.by_silence().into_iter().map(SavedFlow::of).collect::<Vec<_>>())
+        });
+        let saved = by_clock(Clock { instant: now, nanos: 0 }, || read::<Vec<SavedFlow>>(&bytes));
+        let (_, flow, _) = saved.expect("written just now").remove(0).flow();
+        assert_eq!(
+            (flow.backend, flow.tried),
+            (Some(BackendId(4)), vec![BackendId(3), BackendId(4)])
+        );
+        assert_eq!(flow.kept, [Box::from(*b"one"), Box::from(*b"two") as Box<[u8]>]);
     }
 }

@@ -324,6 +324,28 @@ fn of_forks_that_refuse_the_best_answer_goes_back_with_all_challenges() {
     }
 }
 
+/// All challenges go out as each would alone: by the operator's rules, and before the empty line.
+#[test]
+fn challenges_of_several_forks_pass_the_header_rules() {
+    let rule = json!({"on": "response", "towards": "clients", "remove": ["Proxy-Authenticate"]});
+    for (rules, wanted) in [(json!([]), 2), (json!([rule]), 0)] {
+        let options = json!({"fork": "parallel", "fork_targets": 2, "header_rules": rules});
+        let mut bench = Bench::new(options, "", three());
+        let sent = bench.client(&request("INVITE", "c1", ""));
+        let mut last = Vec::new();
+        for (leg, realm) in sent[1..].iter().zip(["a", "b"]) {
+            let challenge = format!("Proxy-Authenticate: Digest realm=\"{realm}\"\r\n");
+            // Who ends lines by a LF alone is heard as well.
+            let text = answer(&leg.1, "407 Who", &challenge).replace("\r\n", "\n");
+            last = bench.gets(remote(leg.0), &text);
+        }
+        assert_eq!(starts(&last), ["ACK", "407"]);
+        let (head, body) = last[1].1.split_once("\n\n").expect("an empty line");
+        assert_eq!((head.matches("Proxy-Authenticate").count(), body), (wanted, ""), "{head}");
+        bench.rests();
+    }
+}
+
 #[test]
 fn a_6xx_ends_the_others_and_serial_forks_go_on_until_one_answers() {
     let mut bench = Bench::new(json!({"fork": "parallel", "fork_targets": 2}), "", three());

@@ -93,6 +93,24 @@ fn what_is_for_a_registered_client_comes_back_over_its_flow() {
     }
 }
 
+/// RFC 5626 5.3.2: what a client sends with its own flow in Route is its own request, also when it is sent
+/// to a second instance, and also if it wants its answers at another port.
+#[test]
+fn a_clients_own_request_with_its_path_fails_over_like_any_other() {
+    let mut bench = Bench::new(json!({}), "", (1..=2).map(|it| backend(it, None)).collect());
+    let path = path_of(&bench.gets(natted(), &register("r1", &via("UDP", "r1"), OUTBOUND)));
+    let asked = invite(&path, "i1").replace("10.0.0.1:5060;branch", "192.168.0.7:6000;branch");
+    let sent = bench.gets(natted(), &asked);
+    let first = sent.last().expect("it went on").clone();
+    let next = bench.answers(&first, "503 No", "");
+    assert_eq!(starts(&next), ["ACK", "INVITE"]);
+    let second = next[1].clone();
+    let hosts = [remote(first.0).ip().to_string(), remote(second.0).ip().to_string()];
+    assert!(hosts[0] != hosts[1] && hosts.iter().all(|it| it.starts_with("10.0.0.")), "{hosts:?}");
+    bench.answers(&second, "486 Busy", "");
+    bench.rests();
+}
+
 /// RFC 5626 5.1: only the first hop has a flow and says `ob`; RFC 3327: only who knows it is asked for
 /// it, unless all are.
 #[test]

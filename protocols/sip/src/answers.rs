@@ -13,7 +13,7 @@ use crate::respond::{Answer, follow_up};
 use crate::scan::{Name, Scan};
 use crate::transaction::{Cancel, LegState, Naming, State};
 use crate::uri::{name_addr, parameter};
-use crate::write::all_values;
+use crate::write::{all_values, end_of_headers};
 
 /// A leg of a transaction: the slot and the try's number.
 pub(crate) type At = (u32, u8);
@@ -320,8 +320,7 @@ impl SipEngine {
         let Some(transaction) = self.transactions.get(slot) else { return };
         let challenges = matches!(code, 401 | 407);
         if challenges && matches!(transaction.best.code, 401 | 407) {
-            // 16.7 step 7: the client must be able to answer all of them.
-            return add_challenges(&mut transaction.best.bytes, message, scan);
+            return self.join_challenges(slot, message, scan, router);
         }
         if !is_better(code, transaction.best.code) {
             return;
@@ -333,6 +332,21 @@ impl SipEngine {
             transaction.best.bytes = bytes;
             (transaction.best.code, transaction.best.backend) = (code, backend);
         }
+    }
+
+    /// 16.7 step 7: the client must be able to answer all challenges, each as it would have gone out alone.
+    fn join_challenges(&mut self, slot: u32, message: &[u8], scan: &Scan, router: &dyn Router) {
+        let mut other = std::mem::take(&mut self.scratch);
+        self.rendered(slot, message, scan, false, &mut other, router);
+        let mut scans = (std::mem::take(&mut self.edit_scan), std::mem::take(&mut self.other_scan));
+        if let Some(transaction) = self.transactions.get(slot) {
+            let best = &mut transaction.best.bytes;
+            if scans.0.scan(best).is_ok() && scans.1.scan(&other).is_ok() {
+                add_challenges(best, &scans.0, &other, &scans.1);
+            }
+        }
+        (self.edit_scan, self.other_scan) = scans;
+        self.scratch = other;
     }
 
     /// A final answer of our own making counts as one of a leg's.
@@ -507,13 +521,11 @@ fn is_better(code: u16, than: u16) -> bool {
 }
 
 /// Adds an answer's challenges to another's.
-fn add_challenges(best: &mut Vec<u8>, message: &[u8], scan: &Scan) {
-    let end = best.windows(4).position(|end| end == b"\r\n\r\n").map(|end| end + 2);
-    let Some(end) = end else { return };
-    let tail = best.split_off(end);
-    for header in &scan.headers {
+fn add_challenges(best: &mut Vec<u8>, scan: &Scan, other: &[u8], other_scan: &Scan) {
+    let tail = best.split_off(end_of_headers(best, scan));
+    for header in &other_scan.headers {
         if matches!(header.name, Name::WwwAuthenticate | Name::ProxyAuthenticate) {
-            best.extend_from_slice(header.line.of(message));
+            best.extend_from_slice(header.line.of(other));
         }
     }
     best.extend_from_slice(&tail);

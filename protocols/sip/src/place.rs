@@ -434,7 +434,7 @@ impl SipEngine {
     ) -> Option<(Message<'a>, Target<'a>)> {
         let transaction = self.transactions.get(slot)?;
         let message = Message {
-            from: transaction.client,
+            from: transaction.from,
             transport: transaction.transport,
             remote: transaction.source,
             local: transaction.local,

@@ -253,6 +253,7 @@ impl SipEngine {
             method: incoming.method,
             state: State::Open,
             cancelled: false,
+            from: message.from,
             client: reply_endpoint(message.from, &incoming.via),
             client_reliable: message.transport.is_stream(),
             transport: message.transport,

@@ -171,6 +171,8 @@ pub(crate) struct Transaction {
     pub(crate) state: State,
     /// The client has cancelled.
     pub(crate) cancelled: bool,
+    /// What it came over first: by that it is decided where it goes, each time.
+    pub(crate) from: Endpoint,
     /// Where answers go, and whether repeating them is the transport's business.
     pub(crate) client: Endpoint,
     pub(crate) client_reliable: bool,

@@ -158,7 +158,7 @@ impl Forward<'_> {
             }
         }
         // What is added stands before the empty line, if there is one.
-        let end = self.end_of_headers().max(copied);
+        let end = end_of_headers(self.message, self.scan).max(copied);
         copy(self.message, copied, end, out);
         if !forwards_done {
             let _ok = write!(out, "Max-Forwards: {MAX_FORWARDS_DEFAULT}\r\n");
@@ -175,14 +175,6 @@ impl Forward<'_> {
         }
     }
 
-    fn end_of_headers(&self) -> usize {
-        let before = self.message.get(..self.scan.body_at).unwrap_or(self.message);
-        [&b"\r\n\r\n"[..], b"\n\n"]
-            .iter()
-            .find(|end| before.ends_with(end))
-            .map_or(before.len(), |end| before.len() - end.len() / 2)
-    }
-
     fn kept_routes(&self, header: &Header, first: usize, last: usize, out: &mut Vec<u8>) {
         let mut begun = false;
         for (offset, value) in values(header.value.of(self.message)).enumerate() {
@@ -197,6 +189,15 @@ impl Forward<'_> {
             out.extend_from_slice(b"\r\n");
         }
     }
+}
+
+/// Where the empty line stands, if there is one: what is added to a message's headers stands before it.
+pub(crate) fn end_of_headers(message: &[u8], scan: &Scan) -> usize {
+    let before = message.get(..scan.body_at).unwrap_or(message);
+    [&b"\r\n\r\n"[..], b"\n\n"]
+        .iter()
+        .find(|end| before.ends_with(end))
+        .map_or(before.len(), |end| before.len() - end.len() / 2)
 }
 
 /// Appends a request's first Via header with what RFC 3261 18.2.1 and RFC 3581 4 add to its first

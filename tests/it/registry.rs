@@ -142,6 +142,45 @@ fn a_lost_control_plane_a_reload_and_a_crash_forget_nobody() {
     assert_eq!(reply["epoch"], epoch, "it lost nothing");
 }
 
+/// What cannot be written down is not answered as if it were; it is in force, and written down as soon as
+/// that can be.
+#[test]
+fn a_state_file_that_cannot_be_written_is_told_to_who_registers() {
+    let folder = tempfile::TempDir::new().expect("a folder");
+    let place = folder.path().join("state");
+    std::fs::create_dir(&place).expect("made");
+    let file = place.join("leases.json");
+    let yaml = config(free_port(), &format!("registry: {{ state_file: {} }}", file.display()));
+    let mut edge = Edge::start(&yaml);
+    let of = |id: &str| format!("/api/v1/pools/ims/instances/{id}");
+    let register = |edge: &Edge, id: &str, port: u16| {
+        call(edge, "PUT", &of(id), &body(1, port).replace("2000", "600000"))
+    };
+    let (one, two) = (free_port(), free_port());
+    assert_eq!(register(&edge, "a", one).0, 201);
+    std::fs::remove_dir_all(&place).expect("it was there");
+    for _ in 0..3 {
+        let (code, answer) = register(&edge, "b", two);
+        let detail = answer["detail"].as_str().unwrap_or_default();
+        assert!(code == 503 && detail.contains("No such file"), "{code} {answer}");
+    }
+    assert_eq!(call(&edge, "DELETE", &of("a"), "").0, 503);
+    assert_eq!(edge.instance("ims", "b")["state"], "ready", "it is in force");
+    let beat = call(&edge, "PATCH", &format!("{}/lease", of("b")), "");
+    assert_eq!(beat.0, 200, "{}", beat.1);
+    let counted = ["provider=\"api\"", "outcome=\"not_kept\""];
+    assert_eq!(edge.metric("strowger_registrations_total", &counted), 4.0);
+    std::fs::create_dir(&place).expect("made");
+    edge.until("the file", |_| file.exists());
+    edge.until("it to be told", |edge| edge.log().contains("registry_state_written_again"));
+    assert_eq!(register(&edge, "b", two).0, 200);
+    assert_eq!(edge.log().matches("registry_state_not_written").count(), 1, "{}", edge.log());
+    edge.process.kill();
+    let edge = Edge::start(&yaml);
+    assert_eq!(edge.instance("ims", "b")["state"], "ready", "{}", edge.log());
+    assert!(edge.instance("ims", "a").is_null());
+}
+
 /// A drain goes on over a crash of the edge: it does not end for want of sessions that the edge has not
 /// heard of again, but when it was to end.
 #[test]

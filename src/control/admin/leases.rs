@@ -67,7 +67,9 @@ pub(super) async fn put(
         .put_as(&pool, &id, registration, SOURCE, vouched, &|pool| caller.may_register(pool))
     {
         Ok(put) => {
-            registry.written().await;
+            if let Err(error) = registry.written().await {
+                return not_kept(&shared, SOURCE, &error);
+            }
             let status = if put == Put::Created { StatusCode::CREATED } else { StatusCode::OK };
             let ttl_ms = registry.view(&pool, &id).map_or(0, |it| it.registration.lease_ttl_ms);
             let body = json!({
@@ -80,6 +82,15 @@ pub(super) async fn put(
         }
         Err(error) => refused(&shared, &pool, &id, &error),
     }
+}
+
+/// It is in force, but a restart would forget it: who asked asks again, which changes nothing else.
+pub(super) fn not_kept(shared: &Arc<Shared>, source: &str, error: &str) -> Response {
+    shared.backend.metrics().registration(source, "not_kept");
+    let title = "The state file cannot be written";
+    let detail = format!("{error}; it is in force, but a restart of the edge would forget it");
+    let response = problem(StatusCode::SERVICE_UNAVAILABLE, title, json!({ "detail": detail }));
+    ([(header::RETRY_AFTER, "1")], response).into_response()
 }
 
 fn refused(shared: &Arc<Shared>, pool: &str, id: &str, error: &RegistryError) -> Response {
@@ -168,7 +179,9 @@ pub(super) async fn delete(
     let registry = shared.backend.registry();
     match registry.delete(&pool, &id, generation) {
         Ok(()) => {
-            registry.written().await;
+            if let Err(error) = registry.written().await {
+                return not_kept(&shared, SOURCE, &error);
+            }
             StatusCode::NO_CONTENT.into_response()
         }
         Err(error) => refused(&shared, &pool, &id, &RegistryError::Refused(error)),

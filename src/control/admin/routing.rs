@@ -17,6 +17,7 @@ use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::api::{App, Caller, Shared};
+use super::leases::not_kept;
 use crate::control::providers::{TCP_ROUTES, TcpRoute, TcpRoutes};
 use crate::control::registry::{Refused, RegistryError};
 
@@ -116,7 +117,9 @@ async fn create(State(shared): App, Extension(caller): Extension<Caller>, body: 
             }
         }
     }
-    registry.written().await;
+    if let Err(error) = registry.written().await {
+        return not_kept(&shared, TCP_ROUTES, &error);
+    }
     StatusCode::CREATED.into_response()
 }
 
@@ -147,7 +150,9 @@ async fn delete(State(shared): App, Extension(caller): Extension<Caller>, body: 
             let _gone = registry.delete(&pool, &known.id(), None);
         }
     }
-    registry.written().await;
+    if let Err(error) = registry.written().await {
+        return not_kept(&shared, TCP_ROUTES, &error);
+    }
     StatusCode::NO_CONTENT.into_response()
 }
 

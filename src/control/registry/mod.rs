@@ -58,8 +58,19 @@ pub struct Registry {
     inner: Mutex<Inner>,
     refresh: OnceLock<Refresh>,
     wanted: watch::Sender<u64>,
-    written: watch::Sender<u64>,
+    written: watch::Sender<Written>,
     file: Option<PathBuf>,
+}
+
+/// How far the state file is.
+#[derive(Clone, Debug, Default)]
+struct Written {
+    /// The last change that was tried to be written.
+    tried: u64,
+    /// The last one that is on the disk.
+    kept: u64,
+    /// Why those in between are not.
+    error: String,
 }
 
 #[derive(Default)]
@@ -168,7 +179,7 @@ impl Registry {
         let inner = Mutex::new(Inner { model, resumed, ..Inner::default() });
         let start = Instant::now();
         let (lease, refresh) = (Mutex::new(lease), OnceLock::new());
-        let (wanted, written) = (watch::Sender::new(0), watch::Sender::new(0));
+        let (wanted, written) = (watch::Sender::new(0), watch::Sender::new(Written::default()));
         Arc::new(Self {
             start,
             router_id,
@@ -525,10 +536,16 @@ impl Registry {
 
     /// Tells of changes, brings them into force, and has them written down.
     fn after(&self) {
-        let changes = self.inner().model.take_changes();
-        if changes.is_empty() {
-            return;
-        }
+        let changes = {
+            let mut inner = self.inner();
+            let changes = inner.model.take_changes();
+            if changes.is_empty() {
+                return;
+            }
+            // Under the lock: who finds its change taken by somebody else must wait for it all the same.
+            self.wanted.send_modify(|number| *number += 1);
+            changes
+        };
         for change in &changes {
             let bad =
                 matches!(change.what, What::Lapsed | What::Gone | What::Superseded | What::Held);
@@ -540,7 +557,6 @@ impl Registry {
             let (pool, id) = (&change.pool, &change.id);
             self.events.emit(Event::pool(level, change.what.word(), pool, id, detail));
         }
-        self.wanted.send_modify(|number| *number += 1);
         if let Some(refresh) = self.refresh.get() {
             refresh();
         }
@@ -571,14 +587,20 @@ impl Registry {
     }
 
     /// Waits until all that has changed so far is on disk. At once if nothing is kept there.
-    pub async fn written(&self) {
+    ///
+    /// # Errors
+    /// It cannot be written, and why. It is in force all the same, and tried again with every sweep.
+    pub async fn written(&self) -> Result<(), String> {
         if self.file.is_none() {
-            return;
+            return Ok(());
         }
         let wanted = *self.wanted.borrow();
         let mut written = self.written.subscribe();
-        // It ends with the edge.
-        let _ended = written.wait_for(|number| *number >= wanted).await;
+        match written.wait_for(|written| written.tried >= wanted).await {
+            Ok(written) if written.kept < wanted => Err(written.error.clone()),
+            // It ends with the edge.
+            _ => Ok(()),
+        }
     }
 
     /// Sweeps, and writes the state file when something changed. Never ends.
@@ -589,6 +611,9 @@ impl Registry {
             tokio::select! {
                 _ = ticks.tick() => {
                     self.sweep();
+                    if self.is_behind() {
+                        self.write().await;
+                    }
                     self.metrics.leases(&self.counts());
                 }
                 _ = wanted.changed() => self.write().await,
@@ -604,17 +629,36 @@ impl Registry {
         file::State { version: 1, epoch: self.epoch(), instances }
     }
 
+    /// Whether the last attempt to write failed.
+    fn is_behind(&self) -> bool {
+        let written = self.written.borrow();
+        written.kept < written.tried
+    }
+
     async fn write(&self) {
         let number = *self.wanted.borrow();
         let Some(path) = self.file.clone() else { return };
         let state = self.state();
         let shown = path.display().to_string();
         let done = tokio::task::spawn_blocking(move || file::write(&path, &state)).await;
-        if let Ok(Err(error)) = done {
+        let error = match done.map_err(std::io::Error::other).and_then(|done| done) {
+            Ok(()) => String::new(),
+            Err(error) => error.to_string(),
+        };
+        let before = self.written.borrow().error.clone();
+        if error.is_empty() && !before.is_empty() {
+            self.events.emit(Event::node(Level::Info, "registry_state_written_again", shown));
+        } else if error != before {
             let detail = format!("{shown}: {error}; a restart would forget what changed");
             self.events.emit(Event::node(Level::Warn, "registry_state_not_written", detail));
         }
-        self.written.send_replace(number);
+        self.written.send_modify(|written| {
+            written.tried = number;
+            if error.is_empty() {
+                written.kept = number;
+            }
+            written.error = error;
+        });
     }
 }
 

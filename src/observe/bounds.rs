@@ -6,13 +6,14 @@ use std::sync::{Mutex, PoisonError};
 
 /// What engines and the runtime count when a bound bites, and the bound's name as an operator knows
 /// it: an option's path, or the constant's.
-const BOUNDS: [(&str, &str); 16] = [
+const BOUNDS: [(&str, &str); 17] = [
     ("sip_transactions_limit", "options.max_transactions"),
     ("sip_over_source_limit", "options.limits (of one source)"),
     ("sip_over_method_limit", "options.limits (of a method)"),
     ("sip_over_caller_limit", "options.limits (of one caller)"),
     ("sip_retry_budget_empty", "the listener's retry budget"),
     ("sip_calls_not_followed", "calls followed at once (RECORDS_MAX)"),
+    ("sip_looks_left_out", "unreachable addresses that are looked for (LOOKS)"),
     ("too_many_wait_for_names", "requests that wait for names (HELD_MAX)"),
     ("diameter_pending_limit", "options.peer_pending"),
     ("diameter_reports_full", "overload reports that are kept (REPORTS_MAX)"),

@@ -264,6 +264,40 @@ fn an_answer_over_a_lost_connection_goes_to_the_clients_own_port() {
     }
 }
 
+/// Many connections that are closed at once cost nobody his answer, also when one of a connection's
+/// requests was over before.
+#[test]
+fn no_answer_is_lost_when_many_connections_are() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
+    let from = |number: u32| format!("198.51.100.7:{}", 40_000 + number).parse().expect("one");
+    let peer = |number: u32| {
+        Endpoint::Client(strowger_contract::FlowId::new(strowger_contract::WorkerId(0), number, 1))
+    };
+    let ask = |bench: &mut Bench, number: u32, call: &str| {
+        let text = request("INVITE", call, "").replace(&format!("UDP {CLIENT}"), "TCP a.example");
+        bench.gets_over(peer(number), Transport::Tcp, from(number), &text)[1].clone()
+    };
+    let mut open = Vec::new();
+    for number in 0..200 {
+        open.push(ask(&mut bench, number, &format!("a{number}")));
+        let done = ask(&mut bench, number, &format!("b{number}"));
+        bench.answers(&done, "486 Busy", "");
+        open.push(ask(&mut bench, number, &format!("c{number}")));
+    }
+    for number in 0..200 {
+        bench.closed(peer(number), CloseCause::End);
+    }
+    for invite in &open {
+        let back = bench.answers(invite, "486 Busy", "");
+        let (to, _) = back.iter().find(|(_, text)| text.starts_with("SIP/2.0 486")).expect("it");
+        let address = "198.51.100.7:5060".parse().expect("an address");
+        assert_eq!(*to, Endpoint::Remote { transport: Transport::Tcp, address });
+    }
+    // Instances that cannot be reached over it are looked for as they were.
+    assert!(!counted(&bench, "sip_looks_left_out"));
+    bench.rests();
+}
+
 /// A NOTIFY comes to the worker that passes the SUBSCRIBE's answer on, behind it.
 #[test]
 fn a_subscriptions_record_route_names_its_worker() {

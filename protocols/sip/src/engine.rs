@@ -340,11 +340,9 @@ impl Engine for SipEngine {
     ) {
         match change {
             PeerChange::Closed(cause) => {
-                if self.transactions.owes(peer) && self.guard.take_look(now) {
-                    self.answer_by_via(peer, out);
-                }
-                if !self.transactions.may_wait_on(peer) || !self.guard.may_look(now, peer, router) {
-                    return;
+                self.answer_by_via(peer, out);
+                if !self.guard.may_look(now, peer, router) {
+                    return out.note(Note::Count("sip_looks_left_out"));
                 }
                 for (slot, attempt) in self.transactions.waiting_on(peer) {
                     self.on_lost(now, slot, attempt, cause, router, out);

@@ -34,15 +34,14 @@ const SOURCE: u8 = 0x60;
 const CALLER: u8 = 0x61;
 
 impl Guard {
-    /// Whether a lost peer is worth a look through all transactions: an instance always is; others
-    /// could send errors in bulk.
+    /// Whether a lost peer is worth a look: a connection always is, whose own requests are looked at only,
+    /// and so is an instance; for other addresses, that could send errors in bulk, all transactions
+    /// are looked through.
     pub(crate) fn may_look(&mut self, now: Instant, peer: Endpoint, router: &dyn Router) -> bool {
         let Endpoint::Datagram { remote, .. } = peer else { return true };
-        router.backend_at(remote).is_some() || self.take_look(now)
-    }
-
-    /// Whether one more look through all transactions is within bounds.
-    pub(crate) fn take_look(&mut self, now: Instant) -> bool {
+        if router.backend_at(remote).is_some() {
+            return true;
+        }
         self.looks.get_or_insert_with(|| Bucket::full(0, LOOKS, now)).take(LOOKS, now)
     }
 }

@@ -26,6 +26,7 @@ pub mod access;
 mod answers;
 pub mod branch;
 mod calls;
+mod chains;
 mod classify;
 #[doc(hidden)]
 pub mod doors;

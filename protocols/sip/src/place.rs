@@ -10,6 +10,7 @@ use strowger_contract::{
 };
 
 use crate::branch::Branch;
+use crate::chains::Link;
 use crate::engine::{Settings, SipEngine};
 use crate::flow::ClientFlow;
 use crate::lookup::by_contact;
@@ -310,6 +311,7 @@ impl SipEngine {
         let others = self.transactions.get(slot).is_some_and(|it| !it.named.places.is_empty());
         let patience = patience.or_else(|| others.then_some(most));
         let leg = Leg {
+            link: Link::default(),
             backend: hop.backend,
             pin: hop.pin,
             to,
@@ -333,8 +335,7 @@ impl SipEngine {
         if let Some(transaction) = self.transactions.get(slot) {
             let class = transaction.class;
             out.send(to, class, |bytes| bytes.extend_from_slice(&leg.sent));
-            transaction.legs.push(leg);
-            self.transactions.note_flow(to);
+            self.transactions.push_leg(slot, leg);
         }
         self.will_hedge(now, slot, &wanted.hop);
         Ok(())

@@ -9,6 +9,7 @@ use strowger_contract::{
 
 use crate::branch::Branch;
 use crate::calls::DialogKey;
+use crate::chains::Link;
 use crate::classify::classify;
 use crate::engine::SipEngine;
 use crate::incoming::{Incoming, loop_hash, record_key, refused_as_is, session_key, trimmed};
@@ -253,6 +254,7 @@ impl SipEngine {
             method: incoming.method,
             state: State::Open,
             cancelled: false,
+            link: Link::default(),
             from: message.from,
             client: reply_endpoint(message.from, &incoming.via),
             client_reliable: message.transport.is_stream(),

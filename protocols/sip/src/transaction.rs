@@ -13,6 +13,7 @@ use strowger_contract::{
 
 use crate::branch::BRANCH_BYTES;
 use crate::calls::DialogKey;
+use crate::chains::{CLIENT, Chains, Link, Node};
 use crate::method::Method;
 
 /// How many legs one request may have in all: forks, fail-overs, redirections. With it, a request
@@ -62,6 +63,8 @@ pub(crate) enum Cancel {
 /// The request at one place.
 #[derive(serde::Serialize, serde::Deserialize)]
 pub(crate) struct Leg {
+    #[serde(skip)]
+    pub(crate) link: Link,
     pub(crate) backend: Option<BackendId>,
     pub(crate) pin: Option<Pin>,
     pub(crate) to: Endpoint,
@@ -171,6 +174,8 @@ pub(crate) struct Transaction {
     pub(crate) state: State,
     /// The client has cancelled.
     pub(crate) cancelled: bool,
+    #[serde(skip)]
+    pub(crate) link: Link,
     /// What it came over first: by that it is decided where it goes, each time.
     pub(crate) from: Endpoint,
     /// Where answers go, and whether repeating them is the transport's business.
@@ -297,24 +302,6 @@ impl Hasher for Plain {
 /// A map by keyed hashes.
 pub(crate) type KeyMap<V> = HashMap<u64, V, BuildHasherDefault<Plain>>;
 
-/// One more for a client's connection.
-fn note(counts: &mut KeyMap<u32>, peer: Endpoint) {
-    if let Endpoint::Client(flow) = peer {
-        *counts.entry(flow.to_bits()).or_insert(0) += 1;
-    }
-}
-
-/// One less for a client's connection.
-fn forget(counts: &mut KeyMap<u32>, peer: Endpoint) {
-    let Endpoint::Client(flow) = peer else { return };
-    if let Some(count) = counts.get_mut(&flow.to_bits()) {
-        *count -= 1;
-        if *count == 0 {
-            counts.remove(&flow.to_bits());
-        }
-    }
-}
-
 /// All transactions of one engine.
 #[derive(Default)]
 pub(crate) struct Transactions {
@@ -323,10 +310,8 @@ pub(crate) struct Transactions {
     tickets: KeyMap<(u32, u32)>,
     buffers: Vec<Vec<u8>>,
     lists: Vec<Vec<Leg>>,
-    /// How many legs went over each client's connection.
-    flows: KeyMap<u32>,
-    /// How many transactions are to be answered over each client's connection.
-    owed: KeyMap<u32>,
+    /// What waits for which connection.
+    chains: Chains,
     generation: u32,
 }
 
@@ -365,13 +350,17 @@ impl Transactions {
     /// Takes those of another process over, each in its own slot: branches name them.
     pub(crate) fn take_over(&mut self, all: Vec<(u32, Transaction)>) {
         self.keys = all.iter().map(|(slot, transaction)| (transaction.key, *slot)).collect();
-        for leg in all.iter().flat_map(|(_, transaction)| &transaction.legs) {
-            self.note_flow(leg.to);
-        }
-        for (_, transaction) in &all {
-            note(&mut self.owed, transaction.client);
-        }
+        let nodes: Vec<(Endpoint, Node)> = all
+            .iter()
+            .flat_map(|(slot, it)| {
+                let legs = it.legs.iter().zip(1..).map(|(leg, number)| (leg.to, (*slot, number)));
+                legs.chain([(it.client, (*slot, CLIENT))])
+            })
+            .collect();
         self.slab = all.into_iter().map(|(slot, it)| (slot as usize, it)).collect();
+        for (peer, node) in nodes {
+            self.chains.add(&mut self.slab, peer, node);
+        }
     }
 
     /// A number for a new transaction.
@@ -386,9 +375,9 @@ impl Transactions {
     }
 
     pub(crate) fn insert(&mut self, transaction: Transaction) -> u32 {
-        let key = transaction.key;
-        note(&mut self.owed, transaction.client);
+        let (key, client) = (transaction.key, transaction.client);
         let slot = self.slab.insert(transaction) as u32;
+        self.chains.add(&mut self.slab, client, (slot, CLIENT));
         self.keys.insert(key, slot);
         slot
     }
@@ -426,6 +415,14 @@ impl Transactions {
 
     /// Takes a transaction out; its buffers are reused.
     pub(crate) fn remove(&mut self, slot: u32) {
+        let Some(transaction) = self.get(slot) else { return };
+        let (client, legs) = (transaction.client, transaction.legs.len() as u8);
+        self.chains.take(&mut self.slab, client, (slot, CLIENT));
+        for number in 1..=legs {
+            let leg = self.get(slot).and_then(|known| known.leg(number));
+            let Some(to) = leg.map(|leg| leg.to) else { break };
+            self.chains.take(&mut self.slab, to, (slot, number));
+        }
         let Some(mut transaction) = self.slab.try_remove(slot as usize) else { return };
         if self.keys.get(&transaction.key) == Some(&slot) {
             self.keys.remove(&transaction.key);
@@ -433,12 +430,10 @@ impl Transactions {
         if let Some(ticket) = transaction.ticket {
             self.tickets.remove(&ticket.0);
         }
-        forget(&mut self.owed, transaction.client);
         for buffer in [transaction.request, transaction.reply, transaction.best.bytes] {
             self.give_back(buffer);
         }
         for leg in transaction.legs.drain(..) {
-            forget(&mut self.flows, leg.to);
             self.give_back(leg.sent);
         }
         if self.lists.len() < LISTS_KEPT {
@@ -446,61 +441,64 @@ impl Transactions {
         }
     }
 
-    /// Notes that a leg goes over a client's connection.
-    pub(crate) fn note_flow(&mut self, to: Endpoint) {
-        note(&mut self.flows, to);
+    /// One more leg, which was sent.
+    pub(crate) fn push_leg(&mut self, slot: u32, leg: Leg) {
+        let Some(transaction) = self.get(slot) else { return };
+        let to = leg.to;
+        transaction.legs.push(leg);
+        let number = transaction.legs.len() as u8;
+        self.chains.add(&mut self.slab, to, (slot, number));
     }
 
     /// A transaction's request was repeated from there: there it is answered.
     pub(crate) fn answer_at(&mut self, slot: u32, client: Endpoint) {
-        if let Some(transaction) = self.slab.get_mut(slot as usize)
-            && transaction.client != client
-        {
-            forget(&mut self.owed, transaction.client);
-            note(&mut self.owed, client);
-            transaction.client = client;
+        let Some(transaction) = self.slab.get_mut(slot as usize) else { return };
+        if transaction.client == client {
+            return;
         }
+        let old = std::mem::replace(&mut transaction.client, client);
+        self.chains.take(&mut self.slab, old, (slot, CLIENT));
+        self.chains.add(&mut self.slab, client, (slot, CLIENT));
     }
 
-    /// Whether a transaction is to be answered over a client's connection.
-    pub(crate) fn owes(&self, peer: Endpoint) -> bool {
-        matches!(peer, Endpoint::Client(flow) if self.owed.contains_key(&flow.to_bits()))
-    }
-
-    /// The answers that are owed over a connection go where `elsewhere` says, if it says so.
+    /// The answers that are yet to come over a connection go where `elsewhere` says, if it says so.
     pub(crate) fn answer_elsewhere(
         &mut self,
         peer: Endpoint,
         elsewhere: impl Fn(&Transaction) -> Option<Endpoint>,
     ) -> usize {
         let mut moved = 0;
-        for (_, transaction) in &mut self.slab {
-            if transaction.client == peer
-                && let Some(to) = elsewhere(transaction)
-            {
-                forget(&mut self.owed, peer);
-                transaction.client = to;
+        for (slot, side) in self.chains.waiting(&mut self.slab, peer).unwrap_or_default() {
+            let Some(transaction) = self.slab.get(slot as usize).filter(|_| side == CLIENT) else {
+                continue;
+            };
+            // Over a connection nothing is said twice: who has his answer is owed none.
+            let is_owed = transaction.client == peer
+                && matches!(transaction.state, State::Open | State::Accepted);
+            if let Some(to) = is_owed.then(|| elsewhere(transaction)).flatten() {
+                self.answer_at(slot, to);
                 moved += 1;
             }
         }
         moved
     }
 
-    /// Whether anything can await an answer from `peer`: most clients that leave are owed nothing.
-    pub(crate) fn may_wait_on(&self, peer: Endpoint) -> bool {
-        match peer {
-            Endpoint::Client(flow) => self.flows.contains_key(&flow.to_bits()),
-            _ => true,
+    /// The legs, by slot and try number, that await an answer from `peer`. Of a connection it looks at what
+    /// waits for it, of an address or an instance at everything.
+    pub(crate) fn waiting_on(&mut self, peer: Endpoint) -> Vec<(u32, u8)> {
+        let waits = |leg: &Leg| leg.to == peer && leg.state != LegState::Ended;
+        if let Some(mut nodes) = self.chains.waiting(&mut self.slab, peer) {
+            nodes.retain(|(slot, number)| {
+                let leg = self.get(*slot).and_then(|known| known.leg(*number));
+                leg.is_some_and(|leg| waits(leg))
+            });
+            return nodes;
         }
-    }
-
-    /// The legs, by slot and try number, that await an answer from `peer`.
-    pub(crate) fn waiting_on(&self, peer: Endpoint) -> Vec<(u32, u8)> {
         let mut found = Vec::new();
         for (slot, transaction) in &self.slab {
-            for (index, leg) in transaction.legs.iter().enumerate() {
-                if leg.to == peer && leg.state != LegState::Ended {
-                    found.push((slot as u32, index as u8 + 1));
+            for (leg, number) in transaction.legs.iter().zip(1..) {
+                if waits(leg) {
+                    found.push((slot as u32, number));
                 }
             }
         }

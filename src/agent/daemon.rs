@@ -157,7 +157,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<()> {
     if !same_boot {
         ports.new_life();
     }
-    let (edges, mut reports) = Edges::start(clock)?;
+    let (edges, reports) = Edges::start(clock)?;
     let (inputs, mut happened) = mpsc::channel(QUEUE);
     let (requests, mut asked) = mpsc::channel(64);
     let socket = options.socket();
@@ -188,7 +188,7 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<()> {
         tokio::select! {
             () = stop.cancelled() => break,
             Some(input) = happened.recv() => agent.take(input),
-            Some(report) = reports.recv() => agent.report(report),
+            news = reports.next() => news.into_iter().for_each(|one| agent.report(one)),
             Some(request) = asked.recv() => agent.answer(request).await,
             _ = secrets.tick() => agent.look_at_secrets(),
             _ = ticks.tick() => agent.step_all(),

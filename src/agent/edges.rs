@@ -5,11 +5,11 @@
 //! again: an edge that was down, or forgot, learns it within a heartbeat of its return.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, watch};
 
 use super::http::{Ask, ask};
 use super::manifest::EdgeAddress;
@@ -30,9 +30,6 @@ const DRAIN_EVERY: Duration = Duration::from_millis(300);
 
 /// How often files of certificates are looked at.
 const FILES_EVERY: Duration = Duration::from_secs(5);
-
-/// Reports that wait for the agent, at most.
-const REPORTS: usize = 1_024;
 
 /// What an instance is at an edge's pool.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -72,6 +69,37 @@ pub(crate) struct Report {
     pub(crate) view: View,
 }
 
+/// What edges said that the agent has not heard yet: of each place the newest. A loop that is busy with
+/// something else (a release that is copied, a slow disk) finds no more than that, and nobody waits for it.
+#[derive(Default)]
+pub(crate) struct Reports {
+    newest: Mutex<HashMap<Place, View>>,
+    come: Notify,
+}
+
+impl Reports {
+    fn tell(&self, place: &Place, view: &View) {
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        newest.insert(place.clone(), view.clone());
+        self.come.notify_one();
+    }
+
+    /// Waits for one or more.
+    pub(crate) async fn next(&self) -> Vec<Report> {
+        loop {
+            let newest = {
+                let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+                std::mem::take(&mut *newest)
+            };
+            if !newest.is_empty() {
+                let reports = newest.into_iter();
+                return reports.map(|(place, view)| Report { place, view }).collect();
+            }
+            self.come.notified().await;
+        }
+    }
+}
+
 /// All that is to stand somewhere.
 pub(crate) type Wanted = HashMap<Place, Stand>;
 
@@ -82,9 +110,10 @@ pub(crate) struct Edges {
 
 impl Edges {
     /// Starts the thread. It ends with its handle.
-    pub(crate) fn start(clock: fn() -> u64) -> std::io::Result<(Self, mpsc::Receiver<Report>)> {
+    pub(crate) fn start(clock: fn() -> u64) -> std::io::Result<(Self, Arc<Reports>)> {
         let (wanted, mut changes) = watch::channel(Arc::new(Wanted::new()));
-        let (reports, receiver) = mpsc::channel(REPORTS);
+        let reports = Arc::new(Reports::default());
+        let told = Arc::clone(&reports);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("edges".to_owned()).spawn(move || {
             runtime.block_on(async move {
@@ -130,7 +159,7 @@ impl Edges {
                         let task = Task {
                             place: place.clone(),
                             changes,
-                            reports: reports.clone(),
+                            reports: Arc::clone(&told),
                             clock,
                             tls: Arc::clone(&tls),
                             trusted: None,
@@ -144,7 +173,7 @@ impl Edges {
                 }
             });
         })?;
-        Ok((Self { wanted }, receiver))
+        Ok((Self { wanted }, reports))
     }
 
     /// Says how all is to stand.
@@ -161,7 +190,7 @@ impl Edges {
 struct Task {
     place: Place,
     changes: watch::Receiver<Stand>,
-    reports: mpsc::Sender<Report>,
+    reports: Arc<Reports>,
     clock: fn() -> u64,
     tls: Arc<Store>,
     /// What TLS rests on, as long as the edge's address stays.
@@ -193,10 +222,7 @@ impl Task {
                 }
             };
             self.view.generation = stand.generation;
-            let report = Report { place: self.place.clone(), view: self.view.clone() };
-            if self.reports.send(report).await.is_err() {
-                return;
-            }
+            self.reports.tell(&self.place, &self.view);
             let pause = async {
                 match next {
                     Some(next) => tokio::time::sleep(next).await,
@@ -370,4 +396,69 @@ fn words(status: u16, text: &[u8]) -> String {
     let value: Value = serde_json::from_slice(text).unwrap_or(Value::Null);
     let part = |name: &str| value[name].as_str().unwrap_or_default().to_owned();
     format!("{status} {} {}", part("title"), part("detail")).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::routing::{patch, put};
+
+    use super::*;
+    use crate::agent::daemon::clock;
+
+    /// Heartbeats until the agent's loop would have stood in the way.
+    const BEATS: usize = 2_500;
+    const PLACES: usize = 50;
+
+    /// The agent's loop takes nothing at all, and leases are renewed all the same; then it hears of each
+    /// place once.
+    #[test]
+    fn a_busy_agent_starves_no_lease() {
+        static BEATEN: AtomicUsize = AtomicUsize::new(0);
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(1).enable_all().build().expect("a runtime");
+        let beat = || async {
+            let count = BEATEN.fetch_add(1, Ordering::Relaxed);
+            axum::Json(json!({
+                "ttl_ms": 9_000, "next_ms": 50, "router_id": "r", "epoch": 1, "sessions": count,
+                "deadline_miss_ppm": 0, "samples": 0, "p99_ms": 0.0,
+            }))
+        };
+        let app = axum::Router::new()
+            .route("/api/v1/pools/{pool}/instances/{id}", put(|| async { "{}" }))
+            .route("/api/v1/pools/{pool}/instances/{id}/lease", patch(beat));
+        let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0"));
+        let listener = listener.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        runtime.spawn(async move { axum::serve(listener, app).await });
+        let (edges, reports) = Edges::start(clock).expect("a thread");
+        let edge: EdgeAddress = serde_json::from_value(json!({ "url": url })).expect("an edge");
+        let registration = json!({
+            "generation": 1, "lease_ttl_ms": 9_000, "state": "ready",
+            "endpoints": [{ "protocol": "sip", "address": "udp://127.0.0.1:9" }],
+        });
+        let registration: Registration =
+            serde_json::from_value(registration).expect("a registration");
+        let stand = Stand { edge, generation: 1, registration: Some(registration), drain_s: 1 };
+        let place = |number: usize| Place {
+            app: "a".to_owned(),
+            id: format!("a-{number}"),
+            edge: url.clone(),
+            pool: "p".to_owned(),
+        };
+        edges.want((0..PLACES).map(|number| (place(number), stand.clone())).collect());
+        let end = Instant::now() + Duration::from_secs(120);
+        while BEATEN.load(Ordering::Relaxed) < BEATS {
+            assert!(Instant::now() < end, "{} heartbeats", BEATEN.load(Ordering::Relaxed));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let heard = runtime.block_on(reports.next());
+        let mut ids: Vec<_> = heard.iter().map(|report| &report.place.id).collect();
+        ids.sort();
+        ids.dedup();
+        assert_eq!((heard.len(), ids.len()), (PLACES, PLACES));
+        let newest = heard.iter().map(|report| report.view.sessions).max();
+        assert!(newest.is_some_and(|newest| newest as usize + 2 * PLACES > BEATS), "{newest:?}");
+    }
 }

@@ -149,13 +149,14 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<()> {
     let same_boot = kept.as_ref().is_some_and(|state| state.boot == boot);
     let (low, high) = options.ports;
     let quarantine = u64::try_from(options.port_quarantine.as_millis()).unwrap_or(u64::MAX);
-    let (apps, mut ports) = match kept {
+    let (mut apps, mut ports) = match kept {
         Some(state) => (state.apps, state.ports),
         None => (BTreeMap::new(), Ports::new(low, high, quarantine)),
     };
     ports.limits(low, high, quarantine);
     if !same_boot {
         ports.new_life();
+        apps.values_mut().for_each(|machine| machine.new_life(clock()));
     }
     let (edges, reports) = Edges::start(clock)?;
     let (inputs, mut happened) = mpsc::channel(QUEUE);
@@ -220,6 +221,7 @@ fn host_name() -> String {
 impl Agent {
     /// Finds the processes of before.
     fn adopt(&mut self, same_boot: bool) {
+        self.reserve_ports();
         let mut lost = Vec::new();
         for (app, machine) in &self.apps {
             for instance in machine.instances.values().filter(|it| it.phase.has_process()) {
@@ -323,7 +325,13 @@ impl Agent {
         self.settle(app, actions);
     }
 
+    /// What a manifest names itself is given to nobody else.
+    fn reserve_ports(&mut self) {
+        self.ports.reserve(self.apps.values().flat_map(Machine::fixed_ports).collect());
+    }
+
     pub(super) fn step_all(&mut self) {
+        self.reserve_ports();
         let names: Vec<String> = self.apps.keys().cloned().collect();
         for app in names {
             let Some(machine) = self.apps.get_mut(&app) else { continue };

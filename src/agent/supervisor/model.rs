@@ -278,3 +278,35 @@ pub(crate) struct Machine {
     /// For jitter.
     pub(crate) seed: u64,
 }
+
+impl Machine {
+    /// The host was started anew, and its clock with it: moments of before say nothing any more. What waits
+    /// may begin, and what failed then is not held against the host of now.
+    pub(crate) fn new_life(&mut self, now: Millis) {
+        for instance in self.instances.values_mut() {
+            instance.phase = match instance.phase {
+                Phase::Waiting { .. } => Phase::Waiting { until: now },
+                Phase::CrashLoop { until: 0 } => Phase::CrashLoop { until: 0 },
+                Phase::CrashLoop { .. } => Phase::CrashLoop { until: now },
+                Phase::Starting { .. } => Phase::Starting { since: now },
+                Phase::Running { .. } => Phase::Running { since: now },
+                Phase::Draining { .. } => Phase::Draining { since: now, deadline: now },
+                Phase::PreStop { .. } => Phase::PreStop { since: now },
+                Phase::Stopping { .. } => Phase::Stopping { since: now },
+                Phase::Killing { .. } => Phase::Killing { since: now },
+                Phase::Leaving { .. } => Phase::Leaving { since: now },
+            };
+            (instance.made, instance.ready_since) = (now, now);
+            instance.failures.clear();
+        }
+        if let Some(rollout) = &mut self.rollout {
+            rollout.since = now;
+        }
+        self.scale = super::scale::Scale::default();
+    }
+
+    /// The ports that its releases name themselves.
+    pub(crate) fn fixed_ports(&self) -> impl Iterator<Item = u16> {
+        self.releases.iter().flat_map(|it| it.app.ports.values()).filter_map(|port| port.fixed)
+    }
+}

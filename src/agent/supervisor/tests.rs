@@ -532,3 +532,47 @@ fn autoscaling_follows_load_and_not_noise() {
             ))
     );
 }
+
+/// The host's clock begins again with the host: weeks of uptime before are not waited for once more.
+#[test]
+fn a_host_that_starts_anew_waits_for_no_moment_of_before() {
+    let (mut machine, mut ports) =
+        (machine(app(serde_json::json!({})), 1), Ports::new(100, 400, QUARANTINE));
+    let before = 30 * 86_400_000;
+    machine.step(before, &mut ports);
+    let ids: Vec<String> = machine.instances.keys().cloned().collect();
+    assert_eq!(ids.len(), 3);
+    for round in 0..5u64 {
+        let generation = machine.instances[&ids[0]].generation;
+        let exited = Event::Exited("by itself".to_owned());
+        machine.on(before + round * 10, &ids[0], generation, exited, &mut ports);
+        machine.instances.get_mut(&ids[0]).expect("there").phase = Phase::Waiting { until: 0 };
+        machine.step(before + round * 10, &mut ports);
+    }
+    machine.instances.get_mut(&ids[1]).expect("there").phase =
+        Phase::CrashLoop { until: before + 60_000 };
+    let gone = machine.instances.get_mut(&ids[2]).expect("there");
+    (gone.phase, gone.retire) = (Phase::Leaving { since: before }, true);
+    // Another boot: its clock has just begun.
+    let mut now = 9_000;
+    ports.new_life();
+    machine.new_life(now);
+    let generation = machine.instances[&ids[0]].generation;
+    let exited = Event::Exited("the host was started anew".to_owned());
+    let mut actions = machine.on(now, &ids[0], generation, exited, &mut ports);
+    let end = now + 10_000;
+    while now < end {
+        now += 100;
+        actions.extend(machine.step(now, &mut ports));
+    }
+    for id in &ids[..2] {
+        assert!(actions.contains(&Action::Start(id.clone())), "{id}: {actions:?}");
+    }
+    let loops = actions.iter().any(|it| matches!(it, Action::Tell(_, "crash_loop", _)));
+    assert!(!loops, "failures of before the host's start: {actions:?}");
+    while now < end + 120_000 {
+        now += 1_000;
+        machine.step(now, &mut ports);
+    }
+    assert!(!machine.instances.get(&ids[2]).is_some_and(|it| it.retire), "it has left");
+}

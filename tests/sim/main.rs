@@ -19,6 +19,7 @@ mod rig;
 mod sip;
 mod sip_bench;
 mod sip_cases;
+mod sip_endings;
 mod sip_hiding;
 mod sip_impaired;
 mod sip_outbound;

@@ -1,6 +1,7 @@
 //! What is known of a backend from moment to moment. It outlives snapshots: the next one takes it
 //! over by the backend's identity. All of it is atomics; no message takes a lock here.
 
+mod links;
 mod saved;
 
 pub(super) use saved::SavedLive;
@@ -58,6 +59,7 @@ pub struct BackendLive {
     answered_at: AtomicU64,
     /// The number that grows when it starts anew; 0: none was told.
     start: AtomicU32,
+    grudges: links::Grudges,
     in_flight: AtomicU32,
     /// The most since the last look.
     most_in_flight: AtomicU32,
@@ -193,6 +195,7 @@ impl BackendLive {
             up: self.lanes_up.load(SeqCst),
             down: self.lanes_down.load(SeqCst),
             introducing: self.lanes_introducing.load(SeqCst),
+            given_up: self.given_up(),
         }
     }
 

@@ -127,11 +127,30 @@ impl Core {
         table.iter().map(view).collect()
     }
 
-    /// Whether a connection that the backend opened itself serves as its link.
+    /// Whether a connection that the backend opened itself serves as its link, or is to once it has
+    /// proven itself.
     #[must_use]
     pub fn is_served(&self, backend: BackendId) -> bool {
         let accepted = Lanes::bit(LANE_ACCEPTED);
-        self.live(backend).is_some_and(|live| live.lanes().up & accepted != 0)
+        self.live(backend).is_some_and(|live| {
+            let lanes = live.lanes();
+            (lanes.up | lanes.introducing) & accepted != 0
+        })
+    }
+
+    /// No link to the backend is opened for so long, by nobody.
+    pub fn hold_off(&self, now: Instant, backend: BackendId, lasting: Duration) {
+        if let Some(live) = self.live(backend) {
+            let lasting = u64::try_from(lasting.as_millis()).unwrap_or(u64::MAX);
+            live.hold_off(self.clock(now).saturating_add(lasting));
+        }
+    }
+
+    /// For how long no link to the backend is to be opened yet.
+    #[must_use]
+    pub fn held_off(&self, now: Instant, backend: BackendId) -> Duration {
+        let until = self.live(backend).map_or(0, |live| live.held_off_until());
+        Duration::from_millis(until.saturating_sub(self.clock(now)))
     }
 
     /// Takes news of a backend's link in.

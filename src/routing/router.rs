@@ -16,7 +16,7 @@ use super::core::Core;
 use super::qos::{Desk, Settled};
 use super::slots::Waiting;
 use super::snapshot::{Backend, Pool, Snapshot};
-use super::spec::Policy;
+use super::spec::{InstanceState, Policy};
 use super::table::Learned;
 
 /// The core, as one worker uses it.
@@ -255,6 +255,12 @@ impl Router for CoreRouter {
         self.core.link(now, &self.snapshot, backend, (lane, link));
     }
 
+    fn give_up(&mut self, backend: BackendId, lanes: u32, given_up: bool) {
+        if let Some(live) = self.core.live(backend) {
+            live.give_up(lanes, given_up);
+        }
+    }
+
     fn note_start(&mut self, backend: BackendId, number: u32, fresh: bool) -> bool {
         self.core.live(backend).is_some_and(|live| live.note_start(number, fresh))
     }
@@ -351,6 +357,7 @@ impl Router for CoreRouter {
             in_flight: backend.live.in_flight(),
             is_linked: backend.is_linked(),
             connections: backend.connections,
+            is_wanted: backend.state() != InstanceState::Gone,
             lanes: backend.live.lanes(),
             answered: Some(backend.live.answered_at())
                 .filter(|&at| at > 0)

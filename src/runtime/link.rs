@@ -37,8 +37,6 @@ pub(crate) type LinkId = (BackendId, u8);
 #[derive(Default)]
 pub(crate) struct LinkTable {
     links: HashMap<LinkId, LinkState>,
-    /// Links that are left alone until then, once they are down.
-    held_off: HashMap<LinkId, Instant>,
 }
 
 enum LinkState {
@@ -168,17 +166,6 @@ impl LinkTable {
         pause
     }
 
-    /// Leaves a backend alone until then, once its link is down.
-    pub(crate) fn hold_off(&mut self, link: LinkId, until: Instant) {
-        self.held_off.insert(link, until);
-    }
-
-    /// How long a backend is yet to be left alone; said once.
-    fn held_off(&mut self, link: LinkId, now: Instant) -> Duration {
-        let until = self.held_off.remove(&link);
-        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(now))
-    }
-
     fn failures(&self, link: LinkId) -> u32 {
         match self.links.get(&link) {
             Some(LinkState::Paused { failures, .. }) => *failures,
@@ -188,7 +175,6 @@ impl LinkTable {
 
     fn forget(&mut self, link: LinkId) {
         self.links.remove(&link);
-        self.held_off.remove(&link);
     }
 }
 
@@ -459,6 +445,12 @@ async fn keep_link<P: Protocol>(host: Rc<Host<P>>, link: LinkId) {
             tokio::time::sleep(RECONCILE_EVERY).await;
             continue;
         }
+        let held_off = host.shared.core.held_off(Instant::now(), link.0);
+        if open.is_none() && !held_off.is_zero() {
+            // It asked to be left alone, over this link or another, or before an upgrade.
+            tokio::time::sleep(host.shared.jitter(held_off)).await;
+            continue;
+        }
         let task = {
             let host = Rc::clone(&host);
             // In a task of its own: the keeper may be aborted, a link's end must still be told.
@@ -474,7 +466,6 @@ async fn keep_link<P: Protocol>(host: Rc<Host<P>>, link: LinkId) {
         if host.has_left() {
             return;
         }
-        let pause = pause.max(host.state().links.held_off(link, Instant::now()));
         tokio::time::sleep(host.shared.jitter(pause)).await;
     }
 }

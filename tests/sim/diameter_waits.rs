@@ -331,3 +331,36 @@ fn a_servers_request_without_room_is_answered() {
     assert_eq!(ask(&mut bench, MESSAGE_BYTES_MAX), (server, Some(5_015)));
     assert_eq!(bench.rig.engine.in_progress(), 1);
 }
+
+/// A client that says goodbye still gets what it has asked for.
+#[test]
+fn a_client_that_leaves_gets_its_answers() {
+    let mut bench = Bench::new("", 10);
+    bench.begin("one", "001", 1);
+    let mut bytes = Vec::new();
+    Builder::new(&mut bytes, FLAG_REQUEST, 282, 0, 9, 9)
+        .text(code::ORIGIN_HOST, "client.example.net")
+        .text(code::ORIGIN_REALM, "example.net")
+        .number(code::DISCONNECT_CAUSE, 0)
+        .finish();
+    let client = bench.client;
+    let closes = |bench: &Bench| {
+        let close = |command: &Command| matches!(command, Command::Close(to, _) if *to == client);
+        bench.rig.out.commands().iter().any(close)
+    };
+    bench.rig.message(client, &bytes);
+    assert!(!closes(&bench) && bench.rig.out.commands().len() == 1, "a DPA, and no more");
+    bench.settle();
+    bench.answer("one", 2_001);
+    assert_eq!(bench.answers, [("one".to_owned(), 2_001)]);
+    let mut closed = 0;
+    bench.rig.pass(Duration::from_millis(4_500), |out| {
+        let close = |command: &&Command| matches!(command, Command::Close(to, _) if *to == client);
+        closed += out.commands().iter().filter(close).count();
+    });
+    assert!(closed > 0, "it does not close by itself");
+    // One that waits for nothing is closed at once.
+    let mut idle = Bench::new("", 10);
+    idle.rig.message(client, &bytes);
+    assert!(closes(&idle));
+}

@@ -10,6 +10,7 @@
 
 mod classes;
 mod diameter;
+mod diameter_accepted;
 mod diameter_mutations;
 mod diameter_waits;
 mod hedge;

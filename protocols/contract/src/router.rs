@@ -47,6 +47,8 @@ pub struct BackendView<'a> {
     pub is_linked: bool,
     /// How many links its pool wants to it.
     pub connections: u8,
+    /// Whether a link to it is wanted at all: it is in its pool, and its drain is not over.
+    pub is_wanted: bool,
     /// Where its links stand.
     pub lanes: Lanes,
     /// When it last answered a request, on any link.
@@ -63,6 +65,8 @@ pub struct Lanes {
     pub down: u32,
     /// It is being found out whether they can be used.
     pub introducing: u32,
+    /// They were given up ([`Router::give_up`]), and have not proven themselves since.
+    pub given_up: u32,
 }
 
 impl Lanes {
@@ -105,6 +109,11 @@ pub trait Router {
     /// no message before their link is up, or one of their links. `lane` says which link it is: 0
     /// where there is one only.
     fn link(&mut self, now: Instant, backend: BackendId, lane: u8, link: Link<'_>);
+
+    /// Notes of links to a backend, a bit for each lane, that they were given up (RFC 3539 3.4: by the
+    /// watchdog), or with `false` that the backend has proven itself since. Told by [`Lanes`] to all
+    /// workers; it outlives the connections.
+    fn give_up(&mut self, backend: BackendId, lanes: u32, given_up: bool);
 
     /// Notes a number that grows when the backend starts anew (Diameter: its Origin-State-Id), as it
     /// told it on any of its links; whether it grew. `fresh`: it was told by a new link, and one that

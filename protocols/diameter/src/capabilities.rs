@@ -26,6 +26,8 @@ enum Elected {
     Client,
     /// It serves as the link to the backend that opened it.
     Link(BackendId),
+    /// It comes from a backend that was drained.
+    Unwanted,
     /// Another connection to the same node goes on instead.
     Lost(&'static str),
 }
@@ -153,6 +155,10 @@ impl DiameterEngine {
             _ if again => self.clients.get(&flow).and_then(|peer| peer.serves),
             Elected::Client => None,
             Elected::Link(backend) => Some(backend),
+            Elected::Unwanted => {
+                let text = "this node sends nothing to this server for now";
+                return refuse(self, result::TOO_BUSY, text, out);
+            }
             Elected::Lost(why) => {
                 out.note(Note::Count("diameter_elections_lost"));
                 return refuse(self, result::ELECTION_LOST, why, out);
@@ -197,9 +203,6 @@ impl DiameterEngine {
         if !again {
             self.name(flow, told.host, true, router);
         }
-        if let Some(backend) = serves.filter(|_| !again) {
-            self.serve_as_link(now, flow, backend, bytes, router, out);
-        }
         self.report(from, router);
         out.send(from, ClassId::CONTROL, |bytes| {
             let builder = Builder::new(
@@ -213,6 +216,9 @@ impl DiameterEngine {
             .number(code::RESULT_CODE, result::SUCCESS);
             self.describe(builder, local, &ours).finish();
         });
+        if let Some(backend) = serves.filter(|_| !again) {
+            self.serve_as_link(now, flow, backend, bytes, router, out);
+        }
         out.event(Level::Info, "diameter_client_open", || {
             String::from_utf8_lossy(told.host).into_owned()
         });
@@ -241,7 +247,10 @@ impl DiameterEngine {
         if itself {
             return Elected::Link(backend);
         }
-        if serves(view.lanes.up, LANE_ACCEPTED) {
+        if !view.is_wanted {
+            return Elected::Unwanted;
+        }
+        if serves(view.lanes.up | view.lanes.introducing, LANE_ACCEPTED) {
             return Elected::Lost("this peer has connected already");
         }
         if serves(view.lanes.up, 0) {
@@ -269,9 +278,8 @@ impl DiameterEngine {
         router.name_flow(name, flow);
         out.note(Note::Count("diameter_links_accepted"));
         out.close(Endpoint::Backend(backend), Closing::Reset);
-        out.proven(from);
         self.note_state(now, from, cer, true, router, out);
-        self.open(now, from, router);
+        self.introduced(now, from, router, out);
     }
 
     /// The first AVP of a CER that must not be passed over: only what is for this node itself is
@@ -340,21 +348,11 @@ impl DiameterEngine {
             // It has connected itself meanwhile.
             return out.close(from, Closing::Reset);
         }
-        /// RFC 3539 3.4.1: the third DWA brings it back.
-        const WATCHDOGS_TO_REOPEN: u8 = 3;
         peer.host = Rc::from(told.host);
         peer.realm = Rc::from(told.realm);
         peer.capabilities = told.applications;
         self.note_state(now, from, bytes, true, router, out);
-        if self.given_up.remove(&link) {
-            if let Some(peer) = self.peer(from) {
-                peer.state = State::Reopening(WATCHDOGS_TO_REOPEN);
-            }
-            self.report(from, router);
-            return self.ask(now, from, out);
-        }
-        out.proven(from);
-        self.open(now, from, router);
+        self.introduced(now, from, router, out);
     }
 }
 

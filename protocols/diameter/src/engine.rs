@@ -1,7 +1,6 @@
 //! The relay of one worker: what comes in goes to peers' upkeep or on its way.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -215,8 +214,6 @@ pub struct DiameterEngine {
     pub(crate) reports: Reports,
     pub(crate) redirects: Redirects,
     pub(crate) duplicates: Duplicates,
-    /// Links that were given up by the watchdog.
-    pub(crate) given_up: HashSet<(BackendId, u8)>,
     due: Vec<u64>,
     /// Spreads watchdogs.
     pub(crate) dice: u64,
@@ -244,7 +241,6 @@ impl DiameterEngine {
             reports: Reports::default(),
             redirects: Redirects::default(),
             duplicates: Duplicates::default(),
-            given_up: HashSet::new(),
             due: Vec::new(),
             dice: context.seed | 1,
         }
@@ -351,7 +347,7 @@ impl Engine for DiameterEngine {
                 self.on_client_gone(now, flow, router, out)
             }
             (link, PeerChange::Closed(_)) => self.on_link_gone(now, link, router, out),
-            (link, PeerChange::Retired) => self.on_retired(now, link, router, out),
+            (link, PeerChange::Retired) => self.retire(now, link, router, out),
             _ => {}
         }
     }

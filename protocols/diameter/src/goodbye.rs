@@ -48,7 +48,9 @@ impl DiameterEngine {
         match self.link_of(from) {
             // It closes when it has our DPA, and its answers under way may still come before that.
             Some(link) => self.set_link(now, link, Link::Suspect, router),
-            None => out.close(from, Closing::Flushed),
+            None if self.is_idle(from, router) => out.close(from, Closing::Flushed),
+            // The same; it is closed if it does not.
+            None => {}
         }
         self.report(from, router);
     }
@@ -70,14 +72,14 @@ impl DiameterEngine {
     }
 
     /// The link is wanted no longer.
-    pub(crate) fn on_retired(
+    pub(crate) fn retire(
         &mut self,
         now: Instant,
         endpoint: Endpoint,
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
-        let Some(link) = endpoint.as_link() else { return };
+        let Some(link) = self.link_of(endpoint) else { return };
         self.set_link(now, link, Link::Suspect, router);
         // Not "do not want to talk to you": a drain may be taken back, and peers hold that against us.
         self.disconnect(now, endpoint, REBOOTING, out);

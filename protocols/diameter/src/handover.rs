@@ -1,7 +1,6 @@
 //! What goes to another process: peers as they stand, requests under way, and what servers told of
 //! their load. Answers that were kept for resent requests, rates and the peers' clocks begin anew.
 
-use std::collections::HashSet;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -24,7 +23,6 @@ struct Saved<'a> {
     generations: Vec<u8>,
     waiting: Vec<&'a Pending>,
     reports: &'a Reports,
-    given_up: &'a HashSet<(BackendId, u8)>,
     end_to_end: u32,
 }
 
@@ -36,7 +34,6 @@ struct Restored {
     generations: Vec<u8>,
     waiting: Vec<Pending>,
     reports: Reports,
-    given_up: HashSet<(BackendId, u8)>,
     end_to_end: u32,
 }
 
@@ -56,7 +53,6 @@ impl DiameterEngine {
             generations: self.pending.generations(),
             waiting: self.all_waiting().collect(),
             reports: &self.reports,
-            given_up: &self.given_up,
             end_to_end: self.end_to_end,
         })
     }
@@ -94,7 +90,7 @@ impl DiameterEngine {
         }
         (self.clients, self.backends) = (saved.clients, saved.backends);
         self.reports = saved.reports;
-        (self.given_up, self.end_to_end) = (saved.given_up, saved.end_to_end);
+        self.end_to_end = saved.end_to_end;
         self.introduce_peers(now, router, out);
         // Not yet: the links that they go over may be another worker's, which has told of none so far.
         self.unplaced = saved.waiting;
@@ -108,7 +104,7 @@ impl DiameterEngine {
         let clients = self.clients.keys().map(|&flow| Endpoint::Client(flow));
         let links = self.backends.keys().map(|&(backend, lane)| Endpoint::link(backend, lane));
         for endpoint in clients.chain(links).collect::<Vec<_>>() {
-            if let (Some(link), Some(State::Introducing)) =
+            if let (Some(link), Some(State::Introducing | State::Reopening(_))) =
                 (self.link_of(endpoint), self.peer(endpoint).map(|peer| peer.state))
             {
                 self.set_link(now, link, Link::Introducing, router);

@@ -276,6 +276,33 @@ impl DiameterEngine {
         self.report(endpoint, router);
     }
 
+    /// The peer has introduced itself over its link: it is open, or if it was given up before, it must
+    /// prove itself first (RFC 3539 3.4.1: REOPEN).
+    pub(crate) fn introduced(
+        &mut self,
+        now: Instant,
+        from: Endpoint,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
+        /// The third DWA brings it back.
+        const WATCHDOGS_TO_REOPEN: u8 = 3;
+        let Some(link) = self.link_of(from) else { return };
+        let lanes = router.backend(link.0).map(|view| view.lanes);
+        let given_up =
+            lanes.is_some_and(|lanes| lanes.given_up & grudge_of(link.0, link.1, router) != 0);
+        if !given_up {
+            out.proven(from);
+            return self.open(now, from, router);
+        }
+        if let Some(peer) = self.peer(from) {
+            peer.state = State::Reopening(WATCHDOGS_TO_REOPEN);
+        }
+        self.set_link(now, link, Link::Introducing, router);
+        self.report(from, router);
+        self.ask(now, from, out);
+    }
+
     /// Tells operators of the peer as it is now.
     pub(crate) fn report(&mut self, endpoint: Endpoint, router: &mut dyn Router) {
         let Some(peer) = self.peer(endpoint) else { return };
@@ -311,6 +338,13 @@ impl DiameterEngine {
         let Some(peer) = self.peer(from) else { return };
         match peer.state {
             State::Reopening(left) if left <= 1 => {
+                if let Some((backend, lane)) = self.link_of(from) {
+                    router.give_up(backend, grudge_of(backend, lane, router), false);
+                    if lane != LANE_ACCEPTED && is_served(backend, router) {
+                        // It has connected itself meanwhile.
+                        return out.close(from, Closing::Reset);
+                    }
+                }
                 out.proven(from);
                 self.open(now, from, router);
             }
@@ -376,10 +410,19 @@ impl DiameterEngine {
     }
 }
 
-/// Whether a connection that the backend opened itself serves as its link.
+/// Whether a connection that the backend opened itself serves as its link, or is to once it has proven
+/// itself.
 pub(crate) fn is_served(backend: BackendId, router: &dyn Router) -> bool {
     let accepted = Lanes::bit(LANE_ACCEPTED);
-    router.backend(backend).is_some_and(|view| view.lanes.up & accepted != 0)
+    let lanes = router.backend(backend).map(|view| view.lanes);
+    lanes.is_some_and(|lanes| (lanes.up | lanes.introducing) & accepted != 0)
+}
+
+/// What a link must make good: whatever was given up of a backend that has one link, whoever opens it;
+/// itself, of several.
+fn grudge_of(backend: BackendId, lane: u8, router: &dyn Router) -> u32 {
+    let several = router.backend(backend).is_some_and(|view| view.connections > 1);
+    if several { Lanes::bit(lane) } else { u32::MAX }
 }
 
 /// Among the names of clients' connections: that of the one that serves as a backend's link. No host

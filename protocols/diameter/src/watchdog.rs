@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use strowger_contract::{ClassId, CloseCause, Closing, Endpoint, Level, Link, Outbox, Router};
+use strowger_contract::{
+    ClassId, CloseCause, Closing, Endpoint, Lanes, Level, Link, Outbox, Router,
+};
 
 use crate::avp::{FLAG_REQUEST, code};
 use crate::build::Builder;
@@ -37,6 +39,9 @@ impl DiameterEngine {
         router: &mut dyn Router,
         out: &mut Outbox,
     ) {
+        if self.is_unwanted(endpoint, router) {
+            return self.retire(now, endpoint, router, out);
+        }
         let leave = self.draining && self.is_idle(endpoint, router);
         let stalled = self.is_stalled(now, endpoint, router);
         let Some(peer) = self.peer(endpoint) else { return };
@@ -61,7 +66,7 @@ impl DiameterEngine {
                 _ => {}
             },
             // RFC 3539 3.4.1: two more watchdogs' time, and it is down.
-            State::Suspect if silent >= watchdog * 4 => self.drop_dead(endpoint, out),
+            State::Suspect if silent >= watchdog * 4 => self.drop_dead(endpoint, router, out),
             State::Suspect if peer.stalled_until.is_some_and(|until| until <= now) => {
                 // It is alive by its watchdogs: another trial.
                 if silent < watchdog {
@@ -75,7 +80,7 @@ impl DiameterEngine {
             State::Suspect => {}
             State::Reopening(_) => match peer.asked {
                 Some(asked) if now.saturating_duration_since(asked) >= watchdog * 2 => {
-                    self.drop_dead(endpoint, out);
+                    self.drop_dead(endpoint, router, out);
                 }
                 None if silent >= watchdog => self.ask(now, endpoint, out),
                 _ => {}
@@ -83,8 +88,19 @@ impl DiameterEngine {
         }
     }
 
+    /// Whether the connection serves as the link of a backend that is to have none, or several. Those
+    /// that this node opened are the runtime's to retire.
+    fn is_unwanted(&mut self, endpoint: Endpoint, router: &dyn Router) -> bool {
+        let Endpoint::Client(flow) = endpoint else { return false };
+        let Some(peer) = self.clients.get(&flow) else { return false };
+        let Some(backend) = peer.serves.filter(|_| peer.state != State::Leaving) else {
+            return false;
+        };
+        router.backend(backend).is_none_or(|view| !view.is_wanted || view.connections > 1)
+    }
+
     /// Whether nothing of a client's, or nothing at a backend, is under way.
-    fn is_idle(&self, peer: Endpoint, router: &dyn Router) -> bool {
+    pub(crate) fn is_idle(&self, peer: Endpoint, router: &dyn Router) -> bool {
         if let Some((backend, _)) = self.link_of(peer) {
             // Clients go first: as long as one is here, it may still ask.
             let clients = self.clients.values().any(|peer| peer.serves.is_none());
@@ -99,9 +115,9 @@ impl DiameterEngine {
     }
 
     /// The peer is given up; if it comes back, it must prove itself.
-    fn drop_dead(&mut self, endpoint: Endpoint, out: &mut Outbox) {
-        if let Some(link) = endpoint.as_link() {
-            self.given_up.insert(link);
+    fn drop_dead(&mut self, endpoint: Endpoint, router: &mut dyn Router, out: &mut Outbox) {
+        if let Some((backend, lane)) = self.link_of(endpoint) {
+            router.give_up(backend, Lanes::bit(lane), true);
         }
         out.close(endpoint, Closing::Reset);
     }

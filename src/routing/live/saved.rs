@@ -28,6 +28,8 @@ pub(in crate::routing) struct SavedLive {
     load: u32,
     by_load: u32,
     start: u32,
+    held_off_until: u64,
+    given_up: u32,
 }
 
 impl BackendLive {
@@ -52,6 +54,8 @@ impl BackendLive {
             load: self.load.load(Relaxed),
             by_load: self.by_load.load(Relaxed),
             start: self.start.load(Relaxed),
+            held_off_until: self.held_off_until(),
+            given_up: self.given_up(),
         }
     }
 
@@ -75,5 +79,7 @@ impl BackendLive {
         self.load.store(saved.load, Relaxed);
         self.by_load.store(saved.by_load, Relaxed);
         self.start.store(saved.start, Relaxed);
+        self.hold_off(saved.held_off_until);
+        self.give_up(saved.given_up, true);
     }
 }

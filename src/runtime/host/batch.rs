@@ -284,8 +284,8 @@ impl<P: Protocol> Batch<'_, P> {
             }
             Command::Close(peer, how) => self.close(*peer, *how),
             Command::HoldOff(peer, lasting) => {
-                if let Some(link) = peer.as_link() {
-                    self.state.links.hold_off(link, self.now + *lasting);
+                if let Some((backend, _)) = peer.as_link() {
+                    self.host.shared.core.hold_off(self.now, backend, *lasting);
                 }
             }
             Command::Proven(peer) => {

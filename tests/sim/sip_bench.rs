@@ -23,6 +23,8 @@ pub(crate) struct Bench {
     pub(crate) engine: SipEngine,
     scope: Scope<SipMatch>,
     started: u32,
+    /// How many workers there are from the next reload on; this is the first.
+    pub(crate) workers: u8,
     out: Outbox,
     pub(crate) start: Instant,
     pub(crate) at: Duration,
@@ -31,6 +33,8 @@ pub(crate) struct Bench {
     /// The class of what was sent last.
     pub(crate) class: ClassId,
     pub(crate) notes: Vec<Note>,
+    /// What was handed over, to whom.
+    pub(crate) handed: Vec<(WorkerId, String)>,
 }
 
 pub(crate) fn backend(number: u8, capacity: Option<u32>) -> BackendSpec {
@@ -107,12 +111,14 @@ impl Bench {
             engine,
             scope,
             started,
+            workers: 1,
             out: Outbox::new(),
             start,
             at: Duration::ZERO,
             sent: Vec::new(),
             class: ClassId::CONTROL,
             notes: Vec::new(),
+            handed: Vec::new(),
         }
     }
 
@@ -121,7 +127,7 @@ impl Bench {
         let options: SipOptions = serde_json::from_value(options).expect("options");
         let context = Context {
             worker: WorkerId(0),
-            workers: 1,
+            workers: self.workers,
             seed: 7,
             started: self.started,
             scope: &self.scope,
@@ -155,6 +161,9 @@ impl Bench {
                 let text = String::from_utf8_lossy(self.out.bytes(&frame.bytes)).into_owned();
                 self.sent.push((frame.to, text));
                 self.class = frame.class;
+            } else if let Command::HandOver { to, bytes, .. } = command {
+                let text = String::from_utf8_lossy(self.out.bytes(bytes)).into_owned();
+                self.handed.push((*to, text));
             }
         }
         self.notes.extend(self.out.notes().iter().cloned());

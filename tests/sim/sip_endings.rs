@@ -198,9 +198,44 @@ fn no_answer_is_lost_when_many_connections_are() {
 #[test]
 fn a_subscriptions_record_route_names_its_worker() {
     let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
-    for (method, named) in [("SUBSCRIBE", true), ("REFER", true), ("INVITE", false)] {
+    for (method, named) in [("SUBSCRIBE", true), ("REFER", true), ("INVITE", true)] {
         let sent = bench.client(&request(method, method, ""));
         let out = sent.iter().find(|(_, text)| text.starts_with(method)).expect("it went on");
         assert_eq!(header(&out.1, "Record-Route").contains(";sw=00"), named, "{method}");
+    }
+}
+
+/// The answer to a REFER and the NOTIFY behind it pass one worker, the one that had the INVITE.
+#[test]
+fn a_refer_within_a_call_goes_where_its_notify_goes() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, None)]);
+    bench.workers = 2;
+    bench.reload(json!({}));
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    let answered = bench.answers(&sent[1], "200 OK", "Contact: <sip:bob@10.0.0.1>\r\n");
+    let mine = answered[0].1.clone();
+    let others = mine.replace(";sw=00", ";sw=01");
+    assert_ne!(mine, others);
+    let instance = || "10.0.0.1:5060".parse().expect("an address");
+    let back = |text: String| {
+        let text = text.replace("From: <sip:alice@example.net>;tag=a", "From: <sip:b>;tag=callee");
+        let text = text.replace("To: <sip:bob@example.net>;tag=callee", "To: <sip:a>;tag=a");
+        text.replace("sip:bob@10.0.0.1 SIP", &format!("sip:alice@{CLIENT} SIP"))
+    };
+    for (method, goes) in [("REFER", true), ("SUBSCRIBE", true), ("NOTIFY", true), ("INFO", false)]
+    {
+        let here = bench.client(&within(method, "c1", &mine, "callee"));
+        assert_eq!((starts(&here), bench.handed.len()), (vec![method.to_owned()], 0));
+        for from_instance in [false, true] {
+            let text = within(method, "c1", &others, "callee").replace("z9hG4bK-", "z9hG4bK-o");
+            let sent = if from_instance {
+                bench.gets(instance(), &back(text.replace("z9hG4bK-", "z9hG4bK-i")))
+            } else {
+                bench.client(&text)
+            };
+            let handed = std::mem::take(&mut bench.handed);
+            assert_eq!((sent.len(), handed.len()), if goes { (0, 1) } else { (1, 0) }, "{method}");
+            assert!(handed.iter().all(|(to, _)| to.0 == 1), "{handed:?}");
+        }
     }
 }

@@ -417,13 +417,14 @@ impl SipEngine {
         self.forward_stateless(now, incoming, &target, ClassId::CONTROL, router, out);
     }
 
-    /// The worker that keeps the record of a request's call, if it is another one. A NOTIFY goes to the
-    /// worker that had the SUBSCRIBE, so that it does not overtake the answer that is on its way there.
+    /// The worker that keeps the record of a request's call, if it is another one. What makes and what brings
+    /// news of a subscription goes to one worker, the one that the dialog's first request names, so that a
+    /// NOTIFY does not overtake the answer to its SUBSCRIBE, or to its REFER within a call.
     fn kept_elsewhere(&self, target: &Target<'_>, method: Method) -> Option<WorkerId> {
         let known =
             |keeper: &WorkerId| *keeper != self.settings.worker && keeper.0 < self.settings.workers;
-        let keeps = (self.settings.options.cdr || method == Method::Notify)
-            && !self.settings.is_stateless();
+        let subscribes = matches!(method, Method::Subscribe | Method::Refer | Method::Notify);
+        let keeps = (self.settings.options.cdr || subscribes) && !self.settings.is_stateless();
         target.keeper.filter(known).filter(|_| keeps)
     }
 

@@ -103,7 +103,7 @@ pub(crate) fn forward(
         add_route: target.add_route,
         breadth,
         worker: (settings.options.cdr
-            || matches!(origin.method, Method::Subscribe | Method::Refer))
+            || matches!(origin.method, Method::Invite | Method::Subscribe | Method::Refer))
         .then_some(settings.worker),
     }
     .write(router, out);

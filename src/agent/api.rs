@@ -3,7 +3,6 @@
 //! `GET /v1/status`, `GET /metrics`, `GET /healthz`, and `POST /v1/command` with one of [`Command`].
 
 use std::collections::{BTreeMap, VecDeque};
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -21,6 +20,9 @@ use crate::observe::rfc3339;
 
 /// Events that are remembered for `status`.
 const EVENTS_MAX: usize = 200;
+
+/// Callers that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// A manifest's size, at most.
 const BODY_BYTES_MAX: usize = 8 << 20;
@@ -150,6 +152,17 @@ impl Told {
     }
 }
 
+/// Listens where only the owner may connect, from the first moment on: a socket's file gets the mode that the
+/// socket has when it is bound, so there is no time at which it is open to others.
+fn private_listener(path: &Path) -> std::io::Result<tokio::net::UnixListener> {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    rustix::fs::fchmod(&socket, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR)?;
+    socket.bind(&socket2::SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
+    socket.set_nonblocking(true)?;
+    tokio::net::UnixListener::from_std(std::os::fd::OwnedFd::from(socket).into())
+}
+
 type Requests = mpsc::Sender<Request>;
 
 /// Serves the API on a unix socket.
@@ -160,8 +173,7 @@ pub(super) fn serve(
 ) -> std::io::Result<tokio::task::JoinHandle<()>> {
     // Of an agent of before: the folder's lock says that there is no other.
     let _none = std::fs::remove_file(socket);
-    let listener = tokio::net::UnixListener::bind(socket)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    let listener = private_listener(socket)?;
     let app = axum::Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/v1/status", get(status))
@@ -208,5 +220,24 @@ fn respond(answer: Result<Value, Refusal>) -> Response {
             let status = StatusCode::from_u16(refusal.status).unwrap_or(StatusCode::BAD_REQUEST);
             (status, Json(refusal)).into_response()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_socket_is_its_owners_alone() {
+        let folder = tempfile::TempDir::new().expect("a folder");
+        let path = folder.path().join("agent.sock");
+        let listener = private_listener(&path).expect("bound");
+        let mode = std::fs::metadata(&path).expect("there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let (client, accepted) =
+            tokio::join!(tokio::net::UnixStream::connect(&path), listener.accept());
+        assert!(client.is_ok() && accepted.is_ok());
     }
 }

@@ -7,7 +7,7 @@ use std::net::UdpSocket;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -25,6 +25,9 @@ const QUEUE_LINES: usize = 4_096;
 
 /// Lines that `logs` gives back, at most.
 pub(crate) const TAIL_MAX: usize = 10_000;
+
+/// How each record begins.
+const TIME: &str = "{\"time\":\"";
 
 /// The threads of one instance's output.
 pub(crate) struct Pumps {
@@ -127,15 +130,19 @@ fn reader(
 /// One line, as JSON. A line that is a JSON object itself stands in `fields`.
 fn record(app: &str, id: &str, generation: u64, stream: &str, line: &[u8]) -> Arc<str> {
     let mut value = json!({
-        "time": timestamp(), "app": app, "instance": id, "generation": generation, "stream": stream,
+        "app": app, "instance": id, "generation": generation, "stream": stream,
     });
     match serde_json::from_slice::<Value>(line) {
         Ok(Value::Object(fields)) => value["fields"] = Value::Object(fields),
         _ => value["message"] = String::from_utf8_lossy(line).into(),
     }
-    let mut text = value.to_string();
-    text.push('\n');
-    text.into()
+    timed(&value)
+}
+
+/// A record with its time in front, where [`time_of`] finds it whatever a program says itself.
+fn timed(value: &Value) -> Arc<str> {
+    let text = value.to_string();
+    format!("{TIME}{}\",{}\n", timestamp(), &text[1..]).into()
 }
 
 /// The time in RFC 3339, to the microsecond.
@@ -145,7 +152,8 @@ fn timestamp() -> String {
 
 impl Inlet {
     fn give(&self, record: &Arc<str>) {
-        if let Err(TrySendError::Full(_)) = self.queue.try_send(Arc::clone(record)) {
+        // A sink whose thread is gone takes nothing either.
+        if self.queue.try_send(Arc::clone(record)).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -153,7 +161,8 @@ impl Inlet {
 
 /// Something that takes lines.
 trait Outlet: Send + 'static {
-    fn write(&mut self, record: &str);
+    /// Whether it has the line.
+    fn write(&mut self, record: &str) -> bool;
 }
 
 fn sink(mut outlet: impl Outlet, launch: &Launch) -> Option<Sink> {
@@ -162,17 +171,29 @@ fn sink(mut outlet: impl Outlet, launch: &Launch) -> Option<Sink> {
     let count = Arc::clone(&dropped);
     let (app, id, generation) = (launch.app.clone(), launch.id.clone(), launch.generation);
     let body = move || {
+        let told = |lost: u64| {
+            let message =
+                format!("{lost} lines were dropped: the sink is too slow, or takes nothing");
+            timed(&json!({
+                "app": app, "instance": id, "generation": generation, "stream": "agent",
+                "message": message, "dropped": lost,
+            }))
+        };
+        let mut lost = 0;
         for line in lines {
-            let lost = count.swap(0, Ordering::Relaxed);
-            if lost > 0 {
-                let value = json!({
-                    "time": timestamp(), "app": app, "instance": id, "generation": generation,
-                    "stream": "agent", "message": format!("{lost} lines were dropped: the sink is too slow"),
-                    "dropped": lost,
-                });
-                outlet.write(&format!("{value}\n"));
+            lost += count.swap(0, Ordering::Relaxed);
+            // Told where they are missing, as soon as anything is taken again.
+            if lost > 0 && outlet.write(&told(lost)) {
+                lost = 0;
             }
-            outlet.write(&line);
+            if !outlet.write(&line) {
+                lost += 1;
+            }
+        }
+        // The program has ended, and nothing comes that this could go before.
+        lost += count.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            let _nobody_is_left_to_tell = outlet.write(&told(lost));
         }
     };
     let thread = std::thread::Builder::new().name("log-sink".to_owned()).spawn(body).ok()?;
@@ -222,16 +243,17 @@ impl Files {
 }
 
 impl Outlet for Files {
-    fn write(&mut self, record: &str) {
-        let Some(file) = self.open() else { return };
+    fn write(&mut self, record: &str) -> bool {
+        let Some(file) = self.open() else { return false };
         if file.write_all(record.as_bytes()).is_err() {
             self.file = None;
-            return;
+            return false;
         }
         self.written += record.len() as u64;
         if self.written >= self.size {
             self.rotate();
         }
+        true
     }
 }
 
@@ -243,7 +265,7 @@ struct Syslog {
 }
 
 impl Outlet for Syslog {
-    fn write(&mut self, record: &str) {
+    fn write(&mut self, record: &str) -> bool {
         // Facility daemon, severity informational: programs have no common word for worse.
         const PRIORITY: u32 = 3 * 8 + 6;
         let text = format!(
@@ -253,8 +275,9 @@ impl Outlet for Syslog {
             self.id,
             record.trim_end()
         );
-        // A datagram that nobody takes is lost: that is syslog over UDP.
-        let _lost = self.socket.send(text.as_bytes());
+        // What is lost on the way nobody knows: that is syslog over UDP. What the kernel refuses, or the
+        // server's host (ICMP, told with the next one), is known.
+        self.socket.send(text.as_bytes()).is_ok()
     }
 }
 
@@ -274,7 +297,7 @@ pub(crate) fn tail(places: &Places, count: usize, since: Option<&str>) -> Vec<St
 
 /// A line's time; the empty text if it has none.
 pub(crate) fn time_of(line: &str) -> &str {
-    let rest = line.split_once("\"time\":\"").map_or("", |(_, rest)| rest);
+    let rest = line.strip_prefix(TIME).unwrap_or_default();
     rest.split('"').next().unwrap_or_default()
 }
 
@@ -300,6 +323,47 @@ mod tests {
         let own = record("a", "a-0", 3, "stdout", b"{\"level\":\"warn\"}");
         let value: Value = serde_json::from_str(&own).expect("JSON");
         assert_eq!(value["fields"]["level"], "warn");
+        // A program's own time is not the record's.
+        let own = record("a", "a-0", 3, "stdout", b"{\"time\":\"1999-01-01\"}");
+        let value: Value = serde_json::from_str(&own).expect("JSON");
+        assert_eq!(value["fields"]["time"], "1999-01-01");
+        assert_eq!(time_of(&own), value["time"].as_str().expect("a time"));
+    }
+
+    /// A disk that is full for a while: what is missing is told where it is missing, and at the end.
+    #[test]
+    fn lines_that_a_sink_does_not_take_are_told() {
+        struct Full(std::sync::mpsc::Sender<String>, usize);
+        impl Outlet for Full {
+            fn write(&mut self, record: &str) -> bool {
+                let value: Value = serde_json::from_str(record).expect("JSON");
+                let number = value["message"].as_str().and_then(|it| it.parse::<usize>().ok());
+                self.1 = number.unwrap_or(self.1);
+                let takes = !(3..6).contains(&self.1) && (self.1 < 8 || number.is_none());
+                if takes {
+                    // The test may have ended.
+                    let _gone = self.0.send(value["dropped"].to_string());
+                }
+                takes
+            }
+        }
+        let launch: Launch = serde_json::from_value(json!({
+            "app": "a", "id": "a-0", "generation": 1, "exec": [], "folder": "", "env": {},
+            "listen": [], "limits": super::super::limits::Limits::default(), "logs": {},
+        }))
+        .expect("a launch");
+        let (taken, lines) = std::sync::mpsc::channel();
+        let Sink { inlet, thread } = sink(Full(taken, 0), &launch).expect("a thread");
+        for number in 0..10 {
+            inlet.give(&record("a", "a-0", 1, "stdout", number.to_string().as_bytes()));
+        }
+        drop(inlet);
+        thread.join().expect("it ends");
+        let told: Vec<String> = lines.iter().collect();
+        // 0, 1, 2, 6, that three are missing, 7; and of 8 and 9 that they are.
+        let dropped: Vec<u64> = told.iter().filter_map(|it| it.parse().ok()).collect();
+        assert_eq!(dropped.iter().sum::<u64>(), 5, "{told:?}");
+        assert_eq!(told.len() - dropped.len(), 5, "{told:?}");
     }
 
     #[test]

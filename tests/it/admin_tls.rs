@@ -79,7 +79,7 @@ fn ask(stream: &mut Tls, method: &str, path: &str, token: &str, body: &str) -> (
 fn start(folder: &TempDir, client: &str) -> (Process, SocketAddr) {
     certificates(folder.path());
     let path = |file: &str| folder.path().join(file).display().to_string();
-    let permissions = "tokens:\n  - { name: h1, certificate: agent-h1.example.net, pools: [ims], rights: [read, register] }\n  - { name: eyes, token: 0123456789abcdef, rights: [read] }\n";
+    let permissions = "tokens:\n  - { name: h1, certificate: agent-h1.example.net, pools: [ims], rights: [read, register] }\n  - { name: eyes, token: 0123456789abcdef, rights: [read] }\n  - { name: more, token: fedcba9876543210, pools: [other], rights: [register] }\n";
     std::fs::write(path("permissions.yaml"), permissions).expect("written");
     let admin = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let yaml = format!(
@@ -133,6 +133,11 @@ fn certificates_and_tokens_have_their_rights() {
     assert_eq!(code, 403, "{answer}");
     assert!(answer.contains("\"token\":\"h1\""), "{answer}");
     assert_eq!(ask(agent, "PUT", "/api/v1/config", "", "version: 1").0, 403);
+    // A token adds to what the certificate may.
+    let (other, more) = ("/api/v1/pools/other/instances/b", "fedcba9876543210");
+    assert_eq!(ask(agent, "PUT", other, more, &registration(free_port())).0, 201);
+    assert_eq!(ask(agent, "PUT", put, more, &registration(port)).0, 200);
+    assert_eq!(ask(agent, "PUT", "/api/v1/config", more, "version: 1").0, 403);
     for (client, token, code) in [
         (None, "", 401),
         (Some("stranger"), "", 401),

@@ -14,6 +14,7 @@ use axum::routing::{get, patch, post};
 use axum::{Json, Router};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use strowger_contract::Certificate;
 use tokio::sync::Semaphore;
 use tokio::sync::broadcast::error::RecvError;
 use tokio_stream::wrappers::ReceiverStream;
@@ -117,14 +118,16 @@ async fn guard(State(shared): App, mut request: Request, next: Next) -> Response
     }
 }
 
-/// Who asks: all rights, or those of a permission. Goes along with the request.
+/// Who asks: all rights, or those of the permissions that the certificate and the token stand for. Goes along
+/// with the request.
 #[derive(Clone)]
-pub(super) struct Caller(Option<Permission>);
+pub(super) struct Caller(Option<Vec<Permission>>);
 
 impl Caller {
     /// Whether it may register instances of a pool.
     pub(super) fn may_register(&self, pool: &str) -> bool {
-        self.0.as_ref().is_none_or(|known| known.allows(Right::Register, Some(pool)))
+        let allows = |one: &Permission| one.allows(Right::Register, Some(pool));
+        self.0.as_ref().is_none_or(|known| known.iter().any(allows))
     }
 }
 
@@ -141,22 +144,34 @@ fn may(shared: &Shared, request: &Request) -> Result<Caller, Box<Response>> {
     if shared.token.as_deref().is_some_and(|token| is_same(token, shown)) {
         return Ok(Caller(None));
     }
-    let known: Option<&Permission> = permissions.iter().find(|permission| {
-        certificate.as_ref().is_some_and(|shown| permission.is_of(shown))
-            || !permission.token.is_empty() && is_same(&permission.token, shown)
-    });
-    let Some(known) = known else {
+    let (right, pool) = what_is_asked(request.method(), request.uri().path());
+    let known = permissions_of(&permissions, certificate.as_deref(), shown);
+    if known.is_empty() {
         let title = "A token is needed: Authorization: Bearer TOKEN";
         let response = problem(StatusCode::UNAUTHORIZED, title, json!({}));
         return Err(Box::new(([(header::WWW_AUTHENTICATE, "Bearer")], response).into_response()));
-    };
-    let (right, pool) = what_is_asked(request.method(), request.uri().path());
-    if known.allows(right, pool.as_deref()) {
-        return Ok(Caller(Some(known.clone())));
     }
+    if known.iter().any(|one| one.allows(right, pool.as_deref())) {
+        return Ok(Caller(Some(known)));
+    }
+    let names = known.iter().map(|one| one.name.as_str()).collect::<Vec<_>>().join(", ");
     let extra =
-        json!({ "token": known.name, "right": format!("{right:?}").to_lowercase(), "pool": pool });
+        json!({ "token": names, "right": format!("{right:?}").to_lowercase(), "pool": pool });
     Err(Box::new(problem(StatusCode::FORBIDDEN, "The token does not allow that", extra)))
+}
+
+/// All that a certificate and a token stand for: a host may have a certificate of its own and be given a
+/// token besides, and each adds rights.
+fn permissions_of(
+    all: &[Permission],
+    certificate: Option<&Certificate>,
+    token: &str,
+) -> Vec<Permission> {
+    let is_meant = |one: &&Permission| {
+        certificate.is_some_and(|shown| one.is_of(shown))
+            || !one.token.is_empty() && is_same(&one.token, token)
+    };
+    all.iter().filter(is_meant).cloned().collect()
 }
 
 /// The right that a request needs, and on which pool.

@@ -25,6 +25,12 @@ pub(super) fn register(registry: &Registry, pools: &[PoolView]) {
         "Requests whose client went away while they waited",
         labels,
     );
+    let displaced = counter(
+        registry,
+        "strowger_queue_displaced_total",
+        "Requests placed anew because who they waited for went away",
+        labels,
+    );
     let refused = counter(
         registry,
         "strowger_queue_refused_total",
@@ -84,6 +90,7 @@ pub(super) fn register(registry: &Registry, pools: &[PoolView]) {
             queued.with_label_values(at).inc_by(figures.queued);
             granted.with_label_values(at).inc_by(figures.granted);
             withdrawn.with_label_values(at).inc_by(figures.withdrawn);
+            displaced.with_label_values(at).inc_by(figures.displaced);
             for (stage, reason, count) in [
                 ("enqueue", "predicted", figures.refused_predicted),
                 ("enqueue", "lane_full", figures.refused_full),

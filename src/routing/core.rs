@@ -250,7 +250,7 @@ impl Core {
     /// identity; what is no longer wanted takes no new sessions from now on and is dropped once its
     /// pool's debounce is over.
     pub fn apply(&self, now: Instant, wanted: SnapshotSpec) -> Plan {
-        let now = self.clock(now);
+        let clock = self.clock(now);
         if wanted.pools.iter().any(|pool| !pool.bind_places.is_empty()) {
             self.bindings.get_or_init(|| {
                 BindingTable::new(self.settings.bindings_max, self.settings.advise)
@@ -260,8 +260,8 @@ impl Core {
         let pools_before: HashSet<String> =
             changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
         changes.wanted = wanted;
-        let Moves { joined, left } = changes.note_wanted(now);
-        let collisions = self.rebuild(&mut changes, now);
+        let Moves { joined, left } = changes.note_wanted(clock);
+        let collisions = self.rebuild(&mut changes, clock);
         changes.applied_before = true;
         let pools_after: HashSet<String> =
             changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
@@ -273,7 +273,10 @@ impl Core {
             pools_removed: pools_before.difference(&pools_after).cloned().collect(),
             pin_collisions: collisions,
         };
+        let gone = plan.pools_removed.iter().filter_map(|pool| changes.pool_lives.get(pool));
+        let gone: Vec<_> = gone.cloned().collect();
         drop(changes);
+        self.displace_all(now, &gone);
         for (pool, id) in &plan.backends_added {
             self.tell(CoreEvent::of(pool, Some(id), Happening::BackendAdded));
         }
@@ -359,7 +362,7 @@ impl Core {
         let snapshot = self.snapshot.load_full();
         for pool in snapshot.pools() {
             for backend in pool.backends() {
-                self.review(clock, backend);
+                self.review(now, backend);
             }
             for backend in pool.backends() {
                 backend.live.review_limit(pool.spec.qos.adaptive);
@@ -368,6 +371,7 @@ impl Core {
             pool.review_slots(clock);
             pool.live.qos.review(clock);
             self.serve_pool(now, pool);
+            self.displace_late(now, pool);
             if pool.live.qos.urgent_bites_first() {
                 let bound = "carried deadlines of a tier (URGENT_MAX)";
                 self.tell_pool(pool, Happening::BoundHit { bound });
@@ -382,16 +386,21 @@ impl Core {
         }
         self.tell_node_bounds();
         let mut changes = self.changes();
-        if changes.forget_left(clock) {
+        let forgotten = changes.forget_left(clock);
+        if forgotten {
             self.rebuild(&mut changes, clock);
         }
         // Nobody can get hold anew of one that is no longer in force.
         changes.retired.retain(|snapshot| Arc::strong_count(snapshot) > 1);
         drop(changes);
+        if forgotten {
+            self.displace_all(now, &[]);
+        }
         std::mem::take(&mut *self.events.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn review(&self, now: u64, backend: &Backend) {
+    fn review(&self, at: Instant, backend: &Backend) {
+        let now = self.clock(at);
         if backend.live.end_ejection(now) {
             self.tell_of(backend, Happening::BackendReturned);
         }
@@ -401,6 +410,7 @@ impl Core {
             if idle || now >= backend.live.drain_until() {
                 backend.live.set_gone();
                 self.tell_of(backend, Happening::DrainEnded { sessions_left: sessions });
+                self.displace(at, backend.pool);
             }
         }
     }
@@ -423,7 +433,10 @@ impl Core {
                 self.tell_of(backend, Happening::BackendUp);
                 self.serve_pool(now, pool);
             }
-            Some(LiveChange::Down) => self.tell_of(backend, Happening::BackendDown { detail }),
+            Some(LiveChange::Down) => {
+                self.tell_of(backend, Happening::BackendDown { detail });
+                self.displace(now, backend.pool);
+            }
             None => {}
         }
     }
@@ -448,6 +461,7 @@ impl Core {
         backend.live.drain(clock, clock.saturating_add(length));
         let sessions = self.table.sessions_of(backend.id);
         self.tell_of(backend, Happening::DrainStarted { sessions });
+        self.displace(now, backend.pool);
         Ok(sessions)
     }
 
@@ -561,6 +575,7 @@ impl Core {
         let limit = pool.spec.health.outlier_faults;
         if limit > 0 && faults >= limit && outcome.is_backend_fault() {
             self.eject(self.clock(now), pool, backend);
+            self.displace(now, backend.pool);
         }
     }
 

@@ -10,6 +10,7 @@
 //! | `router` | the decision |
 //! | `choice` | which instance of a pool takes a new session |
 //! | `slots` | a slot, a wait, or a refusal |
+//! | `anew` | who waits for an instance that went away |
 //! | `balance` | the published formulas |
 //! | `bounds` | the first time that one of the node's bounds bites |
 //! | `brownout` | what the node gives up when it is short of itself |
@@ -23,6 +24,7 @@
 //! | `handover` | all of it, for another process |
 //! | `events`, `view` | what operators see |
 
+mod anew;
 mod balance;
 mod bindings;
 mod bounds;

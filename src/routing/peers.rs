@@ -179,6 +179,8 @@ impl Core {
                 if let Some(pool) = snapshot.pool(backend.pool) {
                     self.serve_pool(now, pool);
                 }
+                // It may say that it can do less than before.
+                self.displace(now, backend.pool);
             }
             Some(LiveChange::Down) => {
                 let detail = match link {
@@ -186,6 +188,7 @@ impl Core {
                     _ => "suspect",
                 };
                 self.tell_of(backend, Happening::BackendDown { detail });
+                self.displace(now, backend.pool);
             }
             None => {}
         }

@@ -35,6 +35,8 @@ pub struct CoreRouter {
     /// When the first of `waiting` must be looked at, in microseconds of the core's clock.
     pub(super) soonest: Option<u64>,
     pub(super) tickets: u64,
+    /// The ticket of the waiting request that is being placed anew.
+    pub(super) anew: Option<u64>,
 }
 
 impl CoreRouter {
@@ -53,6 +55,7 @@ impl CoreRouter {
             news: Vec::new(),
             soonest: None,
             tickets: 0,
+            anew: None,
         }
     }
 

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use strowger_contract::{BackendId, ClassId, Query, Refusal, Route, RouteReason, Ticket, Verdict};
 
+use super::anew::Kept;
 use super::core::Core;
 use super::events::Happening;
 use super::qos::{EXCLUDED_MAX, Entry, Place, Settled, Settlement, Waiter, Wanted};
@@ -35,6 +36,7 @@ pub enum Grant {
 
 /// A request of this router's that waits.
 pub(super) struct Waiting {
+    pub(super) kept: Kept,
     pool: Arc<PoolLive>,
     place: Place,
     fifo: bool,
@@ -60,9 +62,11 @@ impl CoreRouter {
         {
             self.expire(now);
         }
+        let mut displaced = Vec::new();
         // What is given back here may come round to this router again.
         while let Some((ticket, settled)) = self.news.pop() {
-            let known = self.waiting.remove(&ticket).is_some();
+            let waiting = self.waiting.remove(&ticket);
+            let known = waiting.is_some();
             match settled {
                 Settled::Granted(route) if known => {
                     *self.ledger.entry(route.backend).or_insert(0) += 1;
@@ -73,6 +77,16 @@ impl CoreRouter {
                     grants.push(Grant::Refuse(Ticket(ticket), refusal));
                 }
                 Settled::Refused(_) => {}
+                Settled::Displaced => {
+                    displaced.extend(waiting.map(|waiting| (ticket, waiting)));
+                }
+            }
+        }
+        if !displaced.is_empty() {
+            self.place_anew(now, displaced, grants);
+            // Placing some may have settled others.
+            if !self.news.is_empty() {
+                self.grants(now, grants);
             }
         }
     }
@@ -180,6 +194,9 @@ impl CoreRouter {
     }
 
     fn admitted(&self, pool: &Pool, query: &Query<'_>) {
+        if self.anew.is_some() {
+            return;
+        }
         let tier = self.snapshot.class(query.class).map_or(3, |class| class.tier);
         pool.live.qos.load.admitted(tier);
         if query.exclude.is_empty() {
@@ -295,10 +312,13 @@ impl CoreRouter {
                 Verdict::Go(route)
             }
             Some(Settled::Refused(refusal)) => Verdict::Refuse(refusal),
+            // Only what waited before is displaced.
+            Some(Settled::Displaced) => Verdict::Refuse(Refusal::NoBackend),
             None => {
                 self.admitted(pool, query);
                 let live = Arc::clone(&pool.live);
-                self.waiting.insert(ticket, Waiting { pool: live, place, fifo });
+                let kept = Kept::of(now, query);
+                self.waiting.insert(ticket, Waiting { kept, pool: live, place, fifo });
                 let service = if fifo { 0 } else { qos.answers.p50() };
                 let at = deadline.saturating_sub(service) + 1;
                 self.soonest = Some(self.soonest.map_or(at, |soonest| soonest.min(at)));
@@ -314,7 +334,8 @@ impl CoreRouter {
         query: &Query<'_>,
         to: Option<(&Arc<Backend>, RouteReason)>,
     ) -> Entry {
-        self.tickets += 1;
+        let ticket = self.anew.unwrap_or(self.tickets + 1);
+        self.tickets = self.tickets.max(ticket);
         let class = self.snapshot.class(query.class);
         let deadline = if fifo {
             clock + FIFO_PATIENCE.as_micros() as u64
@@ -327,7 +348,7 @@ impl CoreRouter {
         Entry {
             waiter: Waiter {
                 desk: Arc::clone(&self.desk),
-                ticket: self.tickets,
+                ticket,
                 pool: query.pool,
                 class: query.class,
                 lane: if fifo { 0 } else { query.class.0 },
@@ -521,7 +542,7 @@ impl Core {
     }
 
     #[allow(clippy::too_many_arguments, reason = "what one line of the log says")]
-    fn log_refusal(
+    pub(super) fn log_refusal(
         &self,
         snapshot: &super::Snapshot,
         pool: &Pool,

@@ -111,3 +111,40 @@ fn what_waited_is_bound_as_if_it_had_not() {
     assert!(waited > f64::from(SUBSCRIBERS), "{waited} waited");
     assert!(servers.iter().all(|server| server.requests().len() > 10));
 }
+
+/// A server with one slot, which it keeps: the others wait. When the server dies, they hear at once that
+/// nobody is there, and not after their whole time that it was too short.
+#[test]
+fn who_waits_for_a_server_hears_of_its_end() {
+    let _alone = alone();
+    let (port, one) = (free_port(), free_port());
+    let server = Peer::start(one, "a.example.net", good);
+    server.mute.store(true, std::sync::atomic::Ordering::Relaxed);
+    let yaml = config(port, &[("a", one)], ", answer_timeout: 60s", "")
+        .replace("deadline: 5s", "deadline: 30s")
+        .replace("watchdog: 500ms", "watchdog: 60s")
+        .replace(".example.net }", ".example.net, capacity: 1 }");
+    let edge = Edge::start(&yaml);
+    up(&edge, &["a"]);
+    let mut connection = client(port, "pgw1.example.net");
+    for number in 0..4u32 {
+        let imsi = format!("00101{number:010}");
+        let session = format!("pgw1.example.net;{number}");
+        assert!(connection.send(&gx("pgw1.example.net", &session, 1, &imsi, number, number)));
+    }
+    edge.until("three to wait", |edge| edge.metric("strowger_queue_depth", &[]) == 3.0);
+    let died = Instant::now();
+    server.cut();
+    let mut results = Vec::new();
+    while results.len() < 4 {
+        let answer = connection.next().expect("an answer");
+        if !Header::read(&answer).expect("framed").is_request() {
+            results.push((result(&answer), error_message(&answer)));
+        }
+    }
+    assert!(results.iter().all(|(result, _)| *result == 3_002), "{results:?}");
+    // A third of their time is far more than any machine takes, and far less than they had.
+    assert!(died.elapsed() < Duration::from_secs(10), "after {:?}", died.elapsed());
+    assert_eq!(edge.metric("strowger_queue_displaced_total", &[]), 3.0);
+    assert_eq!(edge.metric("strowger_queue_depth", &[]), 0.0);
+}

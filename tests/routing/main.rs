@@ -1,6 +1,7 @@
 //! The rules of pool changes and of placing, as properties of the routing core's public API.
 
 mod changes;
+mod displaced;
 mod health;
 mod overload;
 mod placing;

@@ -13,6 +13,8 @@ pub type Waker = Arc<dyn Fn() + Send + Sync>;
 pub(in crate::routing) enum Settled {
     Granted(Route),
     Refused(Refusal),
+    /// Nobody that it waited for can take it any more; it must be placed anew.
+    Displaced,
 }
 
 /// One router's desk.

@@ -44,6 +44,8 @@ pub struct ClassFigures {
     pub granted: u64,
     /// They were withdrawn: the client cancelled, hung up or disconnected.
     pub withdrawn: u64,
+    /// They were taken out and placed anew: who they waited for went away.
+    pub displaced: u64,
     /// Refused when they came: the wait would have been too long.
     pub refused_predicted: u64,
     /// Refused when they came: the class's lane was full.

@@ -55,7 +55,7 @@ pub(in crate::routing) struct Waiter {
 }
 
 impl Waiter {
-    fn excludes(&self, backend: BackendId) -> bool {
+    pub(in crate::routing) fn excludes(&self, backend: BackendId) -> bool {
         self.exclude[..usize::from(self.excluded)].contains(&backend)
     }
 }
@@ -190,6 +190,19 @@ impl Lanes {
             self.reset();
         }
         Some(waiter)
+    }
+
+    /// Takes out all for whom `stays` does not hold.
+    pub(in crate::routing) fn take_unless(
+        &mut self,
+        mut stays: impl FnMut(&Waiter) -> bool,
+    ) -> Vec<Waiter> {
+        let leave = self.slots.iter().enumerate().filter_map(|(slot, (generation, waiter))| {
+            let leaves = waiter.as_ref().is_some_and(|waiter| !stays(waiter));
+            leaves.then_some(Place { slot: slot as u32, generation: *generation })
+        });
+        let places: Vec<Place> = leave.collect();
+        places.into_iter().filter_map(|place| self.remove(place)).collect()
     }
 
     /// Nobody waits: what withdrawn ones left is cleared, and lines of backends that may be gone.

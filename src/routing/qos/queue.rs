@@ -55,6 +55,8 @@ pub(in crate::routing) struct PoolQos {
     log_left: AtomicU32,
     /// Bounds that have been hit once, by bit: the first time is an event.
     bitten: AtomicU32,
+    /// Ticks that still look for those who wait in vain.
+    looks: AtomicU32,
 }
 
 #[derive(Debug, Default)]
@@ -240,6 +242,28 @@ impl PoolQos {
         inner.figures(waiter.class).withdrawn += 1;
         self.renounce();
         true
+    }
+
+    /// Takes out those for whom `stays` does not hold, and tells their routers.
+    pub(in crate::routing) fn displace(&self, stays: impl FnMut(&Waiter) -> bool) {
+        let mut inner = self.lock();
+        for waiter in inner.lanes.take_unless(stays) {
+            inner.figures(waiter.class).displaced += 1;
+            self.renounce();
+            waiter.desk.put(waiter.ticket, Settled::Displaced);
+        }
+    }
+
+    /// The next ticks are to look for those who wait in vain: some may be about to wait by what they saw
+    /// before.
+    pub(in crate::routing) fn look_again(&self) {
+        const TICKS: u32 = 3;
+        self.looks.store(TICKS, Relaxed);
+    }
+
+    /// Whether this tick is to.
+    pub(in crate::routing) fn is_to_look(&self) -> bool {
+        self.looks.fetch_update(Relaxed, Relaxed, |looks| looks.checked_sub(1)).is_ok()
     }
 
     /// Gives the backend's free slots to those who are next for them. `open`: whether it takes new

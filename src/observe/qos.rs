@@ -52,7 +52,7 @@ pub(super) fn register(registry: &Registry, pools: &[PoolView]) {
     let urgent = counter(
         registry,
         "strowger_queue_urgent_full_total",
-        "Carried deadlines that found their heap full and queued as their class does",
+        "Carried deadlines that found their set full and queued as their class does",
         &["pool"],
     );
     let slots =

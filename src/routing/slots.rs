@@ -342,6 +342,10 @@ impl CoreRouter {
         } else {
             self.core.clock_us(query.deadline)
         };
+        // A second try may have more time than its class gives; it is its turn as if it had not.
+        let turn = class.and_then(|class| class.deadline).map_or(deadline, |budget| {
+            deadline.min(clock.saturating_add(budget.as_micros() as u64))
+        });
         let mut exclude = [BackendId(0); EXCLUDED_MAX];
         let excluded = query.exclude.len().min(EXCLUDED_MAX);
         exclude[..excluded].copy_from_slice(&query.exclude[..excluded]);
@@ -353,7 +357,7 @@ impl CoreRouter {
                 class: query.class,
                 lane: if fifo { 0 } else { query.class.0 },
                 tier: if fifo { 0 } else { class.map_or(3, |class| class.tier) },
-                order: if fifo { clock } else { deadline },
+                order: if fifo { clock } else { turn },
                 deadline,
                 since: clock,
                 predicted: 0,
@@ -362,6 +366,7 @@ impl CoreRouter {
                 exclude,
                 excluded: excluded as u8,
                 reason: to.map_or(RouteReason::Balanced, |(_, reason)| reason),
+                aside: excluded > 0 || !fifo && turn < deadline,
                 urgent: false,
             },
             queue_max: class.map_or(0, |class| class.queue_max),

@@ -73,7 +73,7 @@ pub struct QosFigures {
     pub service_p90_ms: f64,
     /// Grants to a lower tier while a higher one waited, for the sake of a minimum share.
     pub inversions: u64,
-    /// Shorter deadlines that found their heap full and queued as their class does.
+    /// Shorter deadlines that found their set full and queued as their class does.
     pub urgent_full: u64,
     /// Retries that the budget allowed no more.
     pub retries_denied: u64,

@@ -3,10 +3,11 @@
 //! A *line* is what one backend serves alone (requests that must go to it) or all of a pool's
 //! backends that have a capability serve together. In each line there is a FIFO lane per class:
 //! inside a class the budget is the same for all, so arrival order is the order of deadlines. A
-//! message that carries a shorter deadline than its class gives goes to a bounded heap per tier.
+//! message that carries a shorter deadline than its class gives goes to a bounded ordered set per tier.
+//! Second tries and those that may wait longer than their class do so in a lane of their own beside it,
+//! as if their time were the class's: they hold up nobody whom another backend would take.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use strowger_contract::{BackendId, ClassId, PoolId, RouteReason};
@@ -17,12 +18,12 @@ use super::desk::Desk;
 pub(in crate::routing) const TIERS: usize = 4;
 
 /// Messages of one tier and line that jump their class's order, at most: an attacker who sends ever
-/// shorter deadlines must not make a heap of everything. Further ones queue as their class does.
+/// shorter deadlines must not have everything sorted. Further ones queue as their class does.
 const URGENT_MAX: usize = 4_096;
 
-/// Waiting requests that are looked past because this backend has already failed them. They are
-/// retries, of which there are at most a tenth.
-const LOOK_PAST: usize = 32;
+/// Waiting requests of one lane or set that are looked past because this backend has already failed
+/// them. They are retries, of which there are at most a tenth, and stand in lanes of their own.
+const LOOK_PAST: usize = 128;
 
 /// Backends that one waiting request may have been tried at.
 pub(in crate::routing) const EXCLUDED_MAX: usize = 4;
@@ -37,7 +38,8 @@ pub(in crate::routing) struct Waiter {
     /// The lane that it waits in.
     pub(in crate::routing) lane: u8,
     pub(in crate::routing) tier: u8,
-    /// What it is ordered by within its tier: the deadline, or (FIFO) the arrival.
+    /// What it is ordered by within its tier: the deadline, but no later than its class gives; or (FIFO) the
+    /// arrival.
     pub(in crate::routing) order: u64,
     /// Microseconds of the core's clock, as the rest.
     pub(in crate::routing) deadline: u64,
@@ -50,11 +52,18 @@ pub(in crate::routing) struct Waiter {
     pub(in crate::routing) exclude: [BackendId; EXCLUDED_MAX],
     pub(in crate::routing) excluded: u8,
     pub(in crate::routing) reason: RouteReason,
-    /// It stands in a heap; set by [`Lanes::push`].
+    /// A second try, or one that may wait longer than its class: it stands in the lane beside its own.
+    pub(in crate::routing) aside: bool,
+    /// It stands in a set by its order; set by [`Lanes::push`].
     pub(in crate::routing) urgent: bool,
 }
 
 impl Waiter {
+    /// The place of its lane in a line.
+    fn lane_index(&self) -> usize {
+        usize::from(self.lane) * 2 + usize::from(self.aside)
+    }
+
     pub(in crate::routing) fn excludes(&self, backend: BackendId) -> bool {
         self.exclude[..usize::from(self.excluded)].contains(&backend)
     }
@@ -79,8 +88,8 @@ struct Lane {
 struct Line {
     lanes: Vec<Lane>,
     /// Lanes with somebody in them, by bit.
-    busy: u64,
-    urgent: [BinaryHeap<Reverse<(u64, Place)>>; TIERS],
+    busy: u128,
+    urgent: [BTreeSet<(u64, Place)>; TIERS],
 }
 
 /// Who is next, and how it was found.
@@ -103,7 +112,9 @@ pub(in crate::routing) struct Lanes {
     tiers: [u32; TIERS],
     /// Credits of classes with a minimum share.
     credits: Vec<u32>,
-    /// Heaps that were full.
+    /// Those whose deadline is not what they are ordered by, by it.
+    later: BTreeSet<(u64, Place)>,
+    /// Sets that were full.
     pub(in crate::routing) urgent_full: u64,
 }
 
@@ -153,9 +164,11 @@ impl Lanes {
                 &mut self.common[index].1
             }
         };
-        let (urgent, fitted) =
-            line.push(usize::from(waiter.lane), waiter.tier, waiter.order, place);
+        let (urgent, fitted) = line.push(waiter.lane_index(), waiter.tier, waiter.order, place);
         self.urgent_full += u64::from(!fitted);
+        if waiter.aside {
+            self.later.insert((waiter.deadline, place));
+        }
         self.slots[slot as usize].1 = Some(Waiter { urgent, ..waiter });
         place
     }
@@ -171,6 +184,9 @@ impl Lanes {
         self.classes[usize::from(waiter.class.0)] -= 1;
         self.tiers[usize::from(waiter.tier).min(TIERS - 1)] -= 1;
         self.len -= 1;
+        if waiter.aside {
+            self.later.remove(&(waiter.deadline, place));
+        }
         let line = match waiter.backend {
             Some(backend) => self.pinned.get_mut(&backend),
             None => self
@@ -179,12 +195,17 @@ impl Lanes {
                 .find(|(known, _)| *known == waiter.capability)
                 .map(|(_, line)| line),
         };
+        let index = waiter.lane_index();
         if let Some(line) = line
-            && let Some(lane) = line.lanes.get_mut(usize::from(waiter.lane))
+            && let Some(lane) = line.lanes.get_mut(index)
         {
             lane.live -= u32::from(!waiter.urgent);
+            if waiter.urgent {
+                let tier = usize::from(waiter.tier).min(TIERS - 1);
+                line.urgent[tier].remove(&(waiter.order, place));
+            }
             let slots = &self.slots;
-            line.clean(usize::from(waiter.lane), |place| is_live(slots, place));
+            line.clean(index, |place| is_live(slots, place));
         }
         if self.len == 0 {
             self.reset();
@@ -210,12 +231,13 @@ impl Lanes {
         const LINES_KEPT: usize = 256;
         for line in self.common.iter_mut().map(|(_, line)| line).chain(self.pinned.values_mut()) {
             line.busy = 0;
-            line.urgent.iter_mut().for_each(BinaryHeap::clear);
+            line.urgent.iter_mut().for_each(BTreeSet::clear);
             for lane in &mut line.lanes {
                 lane.queue.clear();
                 lane.live = 0;
             }
         }
+        self.later.clear();
         if self.pinned.len() > LINES_KEPT {
             self.pinned.clear();
         }
@@ -296,8 +318,13 @@ impl Lanes {
         }
     }
 
-    /// Takes out one whose time is up: with an order of its own it would be among the heads.
+    /// Takes out one whose time is up: it is among the heads, or waits aside.
     pub(in crate::routing) fn expired(&mut self, latest: u64) -> Option<Waiter> {
+        if let Some(&(deadline, place)) = self.later.first()
+            && deadline < latest
+        {
+            return self.remove(place);
+        }
         let slots = &self.slots;
         let late = |place: Place| {
             slots[place.slot as usize].1.as_ref().is_some_and(|waiter| waiter.deadline < latest)
@@ -319,8 +346,8 @@ impl Lanes {
 
     /// The earliest deadline of all heads.
     pub(in crate::routing) fn soonest(&mut self) -> Option<u64> {
+        let mut soonest = self.later.first().map(|(deadline, _)| *deadline);
         let slots = &self.slots;
-        let mut soonest = None::<u64>;
         for line in self.common.iter_mut().map(|(_, line)| line).chain(self.pinned.values_mut()) {
             line.heads(slots, |place| {
                 let deadline = slots[place.slot as usize].1.as_ref().map(|waiter| waiter.deadline);
@@ -359,16 +386,16 @@ fn is_live(slots: &[(u32, Option<Waiter>)], place: Place) -> bool {
 }
 
 impl Line {
-    /// Whether it stands in a heap, and whether all is as it should be: the heap may be full.
+    /// Whether it stands in a set, and whether all is as it should be: the set may be full.
     fn push(&mut self, lane: usize, tier: u8, order: u64, place: Place) -> (bool, bool) {
         if self.lanes.len() <= lane {
             self.lanes.resize_with(lane + 1, Lane::default);
         }
         let last = self.lanes[lane].queue.back().map_or(0, |(order, _)| *order);
         let urgent = order < last;
-        let heap = &mut self.urgent[usize::from(tier).min(TIERS - 1)];
-        if urgent && heap.len() < URGENT_MAX {
-            heap.push(Reverse((order, place)));
+        let set = &mut self.urgent[usize::from(tier).min(TIERS - 1)];
+        if urgent && set.len() < URGENT_MAX {
+            set.insert((order, place));
             return (true, true);
         }
         let lane_of_it = &mut self.lanes[lane];
@@ -390,12 +417,6 @@ impl Line {
         }
     }
 
-    fn clean_urgent(&mut self, tier: usize, slots: &[(u32, Option<Waiter>)]) {
-        while self.urgent[tier].peek().is_some_and(|Reverse((_, place))| !is_live(slots, *place)) {
-            self.urgent[tier].pop();
-        }
-    }
-
     fn heads(&mut self, slots: &[(u32, Option<Waiter>)], mut each: impl FnMut(Place)) {
         let mut busy = self.busy;
         while busy != 0 {
@@ -406,15 +427,12 @@ impl Line {
                 each(*place);
             }
         }
-        for tier in 0..TIERS {
-            self.clean_urgent(tier, slots);
-            if let Some(Reverse((_, place))) = self.urgent[tier].peek() {
-                each(*place);
-            }
+        for (_, place) in self.urgent.iter().filter_map(BTreeSet::first) {
+            each(*place);
         }
     }
 
-    /// Each lane's first that `backend` has not failed, and each heap's.
+    /// Each lane's first that `backend` has not failed, and each set's; with the class's lane.
     fn candidates(
         &mut self,
         backend: BackendId,
@@ -433,14 +451,12 @@ impl Line {
             let lane = &self.lanes[index];
             let first = lane.queue.iter().take(LOOK_PAST).find(|(_, place)| suits(*place));
             if let Some(&(order, place)) = first {
-                each(index, Candidate { tier: lane.tier, order, place });
+                each(index / 2, Candidate { tier: lane.tier, order, place });
             }
         }
-        for tier in 0..TIERS {
-            self.clean_urgent(tier, slots);
-            if let Some(&Reverse((order, place))) = self.urgent[tier].peek()
-                && suits(place)
-            {
+        for (tier, set) in self.urgent.iter().enumerate() {
+            let first = set.iter().take(LOOK_PAST).find(|(_, place)| suits(*place));
+            if let Some(&(order, place)) = first {
                 let lane = slots[place.slot as usize].1.as_ref().map_or(0, |waiter| waiter.lane);
                 each(usize::from(lane), Candidate { tier: tier as u8, order, place });
             }
@@ -459,8 +475,8 @@ impl Line {
                 ahead += share as u32;
             }
         }
-        let heaps = self.urgent.iter().take(usize::from(tier) + 1);
-        ahead + heaps.map(|heap| heap.len() as u32).sum::<u32>()
+        let sets = self.urgent.iter().take(usize::from(tier) + 1);
+        ahead + sets.map(|set| set.len() as u32).sum::<u32>()
     }
 }
 
@@ -485,6 +501,7 @@ mod tests {
             exclude: [BackendId(0); EXCLUDED_MAX],
             excluded: 0,
             reason: RouteReason::Balanced,
+            aside: false,
             urgent: false,
         }
     }
@@ -542,6 +559,56 @@ mod tests {
         assert_eq!(next(1, 4), Some(3));
         assert_eq!(next(2, 0), Some(1));
         assert_eq!(next(2, 0), Some(2));
+    }
+
+    #[test]
+    fn a_fail_over_holds_nobody_up() {
+        let first_failed = [BackendId(1), BackendId(0), BackendId(0), BackendId(0)];
+        let again = |class, order, deadline| Waiter {
+            exclude: first_failed,
+            excluded: 1,
+            aside: true,
+            deadline,
+            ..waiter(class, 1, order)
+        };
+        let mut lanes = Lanes::default();
+        // Many that the first backend has failed; they may wait for long.
+        for index in 0..500 {
+            lanes.push(again(3, 100 + index, 32_000_000 + index));
+        }
+        // One that carries a short deadline and was failed there too, and one behind it.
+        lanes.push(waiter(3, 1, 9_000));
+        lanes.push(Waiter { aside: false, ..again(3, 50, 50) });
+        lanes.push(waiter(3, 1, 60));
+        // Those that come later are no urgent ones.
+        for index in 0..5_000 {
+            lanes.push(waiter(3, 1, 10_000 + index));
+        }
+        assert_eq!(lanes.urgent_full, 0);
+        assert_eq!(lanes.ahead(1, 20_000, None), (5_503, 0));
+        let mut next = |backend| {
+            let next = lanes.next(BackendId(backend), true, |_| true, &[]);
+            next.map(|(waiter, _)| waiter.order)
+        };
+        assert_eq!(next(1), Some(60), "behind the urgent one that it failed");
+        assert_eq!(next(1), Some(9_000));
+        assert_eq!(next(1), Some(10_000), "past all that it failed");
+        assert_eq!(next(2), Some(50));
+        assert_eq!(next(2), Some(100), "in the order of their class");
+        assert_eq!(lanes.len(), 499 + 4_999);
+    }
+
+    #[test]
+    fn who_waits_aside_is_late_by_its_own_deadline() {
+        let mut lanes = Lanes::default();
+        for (order, deadline) in [(10, 900), (20, 300), (30, 600)] {
+            lanes.push(Waiter { aside: true, deadline, ..waiter(3, 1, order) });
+        }
+        lanes.push(waiter(3, 1, 400));
+        let mut expired = |latest| lanes.expired(latest).map(|waiter| waiter.deadline);
+        assert_eq!((expired(300), expired(301), expired(301)), (None, Some(300), None));
+        assert_eq!((expired(601), expired(601), expired(601)), (Some(600), Some(400), None));
+        assert_eq!((lanes.soonest(), lanes.len()), (Some(900), 1));
     }
 
     #[test]

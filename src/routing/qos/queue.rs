@@ -146,7 +146,7 @@ impl PoolQos {
             && self.bitten.fetch_or(1 << bound, Relaxed) & 1 << bound == 0
     }
 
-    /// Whether a heap of carried deadlines was full for the first time since the start.
+    /// Whether the set of carried deadlines was full for the first time since the start.
     pub(in crate::routing) fn urgent_bites_first(&self) -> bool {
         const BOUND_URGENT: u32 = 2;
         self.is_busy() && self.lock().lanes.urgent_full > 0 && self.bites_first(BOUND_URGENT)

@@ -91,17 +91,7 @@ impl Bench {
 
     /// A CCR-I of a subscriber.
     fn begin(&mut self, session: &str, imsi: &str, number: u32) {
-        let (mut bytes, mut group) = (Vec::new(), Vec::new());
-        append(&mut group, 450, 0x40, &1u32.to_be_bytes());
-        append(&mut group, 444, 0x40, imsi.as_bytes());
-        Builder::request(&mut bytes, 272, GX, number, number)
-            .text(code::SESSION_ID, session)
-            .text(code::ORIGIN_HOST, "client.example.net")
-            .text(code::ORIGIN_REALM, "example.net")
-            .text(code::DESTINATION_REALM, "example.net")
-            .number(code::CC_REQUEST_TYPE, 1)
-            .bytes(443, &group)
-            .finish();
+        let bytes = request(session, imsi, (number, number));
         self.rig.message(self.client, &bytes);
         self.settle();
     }
@@ -162,6 +152,21 @@ impl Bench {
         let backend = self.rig.router.backend(self.backend(id)).expect("it is there");
         backend.in_flight
     }
+}
+
+fn request(session: &str, imsi: &str, (hop, end): (u32, u32)) -> Vec<u8> {
+    let (mut bytes, mut group) = (Vec::new(), Vec::new());
+    append(&mut group, 450, 0x40, &1u32.to_be_bytes());
+    append(&mut group, 444, 0x40, imsi.as_bytes());
+    Builder::request(&mut bytes, 272, GX, hop, end)
+        .text(code::SESSION_ID, session)
+        .text(code::ORIGIN_HOST, "client.example.net")
+        .text(code::ORIGIN_REALM, "example.net")
+        .text(code::DESTINATION_REALM, "example.net")
+        .number(code::CC_REQUEST_TYPE, 1)
+        .bytes(443, &group)
+        .finish();
+    bytes
 }
 
 /// Two sessions of one subscriber wait; two slots become free at once, at different servers. The
@@ -363,4 +368,41 @@ fn a_client_that_leaves_gets_its_answers() {
     let mut idle = Bench::new("", 10);
     idle.rig.message(client, &bytes);
     assert!(closes(&idle));
+}
+
+/// A request that comes again while it is under way, also in another process than it came to first.
+#[test]
+fn what_comes_again_joins_what_is_under_way() {
+    let mut bench = Bench::new(", duplicates: 1m", 10);
+    for number in 1..=3_000 {
+        let session = format!("s;{number}");
+        bench.begin(&session, "001", number);
+        if number != 7 {
+            bench.answer(&session, 2_001);
+        }
+    }
+    let clock = Clock { instant: bench.rig.now, nanos: 1 };
+    let saved = by_clock(clock, || bench.rig.engine.save()).expect("it knows how");
+    let mut next = Bench::bare(bench.yaml.clone());
+    next.rig.now = bench.rig.now;
+    next.sent = bench.sent.clone();
+    let Rig { engine, router, out, now, .. } = &mut next.rig;
+    by_clock(clock, || engine.restore(*now, &saved, router, out)).expect("it was saved");
+    next.settle();
+    for bench in [&mut bench, &mut next] {
+        let (sent, answers) = (bench.sent.len(), bench.answers.len());
+        let mut again = request("s;7", "001", (4_000, 7));
+        again[4] |= FLAG_RETRANSMITTED;
+        bench.rig.message(bench.client, &again);
+        bench.settle();
+        assert_eq!((bench.sent.len(), bench.answers.len()), (sent, answers), "it waits");
+        bench.answer("s;7", 2_001);
+        assert_eq!(bench.answers.len(), answers + 1);
+        // Another one is none of those.
+        let mut other = request("other", "001", (4_001, 9_999));
+        other[4] |= FLAG_RETRANSMITTED;
+        bench.rig.message(bench.client, &other);
+        bench.settle();
+        assert_eq!(bench.sent.len(), sent + 1);
+    }
 }

@@ -86,6 +86,7 @@ impl DiameterEngine {
             self.schedule(now, expires, identifier);
             if let Some(backend) = backend {
                 router.resume(now, backend);
+                self.note_under_way(identifier);
             }
         }
         (self.clients, self.backends) = (saved.clients, saved.backends);

@@ -11,7 +11,6 @@ use crate::SPACE;
 use crate::answer::result;
 use crate::avp::{FLAG_RETRANSMITTED, Header, Summary};
 use crate::classify;
-use crate::duplicates;
 use crate::engine::DiameterEngine;
 use crate::mediation::Applied;
 use crate::overload::{About, realm_hash, tell_features};
@@ -222,47 +221,6 @@ impl DiameterEngine {
         let Some(peer) = self.peer(asked.message.from) else { return true };
         (urgent || peer.buckets.take(now, 1, rates.max - rates.reserved))
             && peer.buckets.take(now, 0, rates.max)
-    }
-
-    /// A request with T that was answered already gets the same answer; one that is under way gets
-    /// its answer once, on the connection that it came over last (RFC 6733 5.5.4).
-    fn came_before(&mut self, now: Instant, asked: &Asked<'_>, out: &mut Outbox) -> bool {
-        if self.settings.options.duplicates.0.is_zero() {
-            return false;
-        }
-        let host = asked.summary.origin_host.unwrap_or_default();
-        let (message, end_to_end) = (asked.message, asked.header.end_to_end);
-        if let Some(answer) = self.duplicates.find(duplicates::key(host, end_to_end)) {
-            out.note(Note::Count("diameter_duplicates_answered"));
-            let client = self.identity_of(message.from).unwrap_or_default();
-            let rules = self.settings.rules_for(message.bytes);
-            let changes = &mut self.changes;
-            out.send(message.from, ClassId::CONTROL, |bytes| {
-                let start = bytes.len();
-                rewrite::answer(&answer, asked.header.hop_by_hop, bytes);
-                changes.for_client(bytes, start, &client, rules.as_deref());
-            });
-            let outcome = RequestOutcome::Met;
-            note(now, message.arrived, asked.class, outcome, None, std::time::Duration::ZERO, out);
-            return true;
-        }
-        let same = |pending: &Pending| {
-            pending.end_to_end == end_to_end
-                && !pending.lost
-                && Summary::of(&pending.request).origin_host == Some(host)
-        };
-        let mut arrived = None;
-        for identifier in self.pending.find(same) {
-            let Some(pending) = self.pending.get(identifier) else { continue };
-            pending.origin = message.from;
-            pending.hop_by_hop = asked.header.hop_by_hop;
-            arrived = Some(pending.arrived);
-        }
-        let Some(arrived) = arrived else { return false };
-        out.note(Note::Count("diameter_duplicates_joined"));
-        let outcome = RequestOutcome::Failed;
-        note(now, arrived, asked.class, outcome, None, std::time::Duration::ZERO, out);
-        true
     }
 
     /// When the promise ends and when the answer is no longer waited for; `None`: it is over already.
@@ -547,6 +505,7 @@ impl DiameterEngine {
             }
         };
         self.note_copies(now, identifier);
+        self.note_under_way(identifier);
         let Some(pending) = self.pending.get(identifier) else { return };
         let (mut fits, mut applied) = (true, Applied::default());
         let changes = &mut self.changes;

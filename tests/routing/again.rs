@@ -9,13 +9,23 @@ use super::support::{World, backends, pin, plain};
 
 impl World {
     fn wants(&mut self, number: u64, budget: Duration, exclude: &[BackendId]) -> Verdict {
+        self.wants_as(ClassId::SETUP, number, budget, exclude)
+    }
+
+    fn wants_as(
+        &mut self,
+        class: ClassId,
+        number: u64,
+        budget: Duration,
+        exclude: &[BackendId],
+    ) -> Verdict {
         let query = Query {
             pool: self.pool,
             session: self.key(number),
             pin: None,
             in_session: false,
             awaits: true,
-            class: ClassId::SETUP,
+            class,
             deadline: self.now() + budget,
             capability: 0,
             exclude,
@@ -82,13 +92,16 @@ fn a_second_try_makes_no_urgent_ones_of_all_that_come_later() {
     for number in 0..2 {
         assert!(matches!(world.wants(10_000 + number, SETUP, &[]), Verdict::Go(_)));
     }
-    let _waits = world.queues(0, LONG, &ids[..1]);
-    // More than the set of carried deadlines holds.
-    let waiting = (1..6_000).filter(|number| {
-        world.ms += u64::from(number % 100 == 0);
-        matches!(world.wants(*number, SETUP, &[]), Verdict::Wait(_))
-    });
-    let count = waiting.count();
-    assert!(count > 4_096, "{count} wait");
+    // Two classes of one tier: more than the tier's set of carried deadlines holds.
+    let mut waiting = 0;
+    for (class, ms, count) in [(ClassId::EMERGENCY, 100, 990), (ClassId::IN_SESSION, 200, 3_990)] {
+        let again = world.wants_as(class, 0, LONG, &ids[..1]);
+        assert!(matches!(again, Verdict::Wait(_)), "{again:?}");
+        for number in 1..count {
+            let verdict = world.wants_as(class, number, Duration::from_millis(ms), &[]);
+            waiting += u32::from(matches!(verdict, Verdict::Wait(_)));
+        }
+    }
+    assert!(waiting > 4_096, "{waiting} wait");
     assert_eq!(world.view().qos.urgent_full, 0);
 }

@@ -260,6 +260,7 @@ impl Core {
         let pools_before: HashSet<String> =
             changes.wanted.pools.iter().map(|pool| pool.name.clone()).collect();
         changes.wanted = wanted;
+        self.names.keep_classes(&changes.wanted.classes);
         let Moves { joined, left } = changes.note_wanted(clock);
         let collisions = self.rebuild(&mut changes, clock);
         changes.applied_before = true;
@@ -292,11 +293,7 @@ impl Core {
         let mut snapshot = Snapshot {
             epoch: changes.epoch,
             node: changes.wanted.node.clone(),
-            classes: if changes.wanted.classes.is_empty() {
-                Class::built_in()
-            } else {
-                changes.wanted.classes.clone()
-            },
+            classes: self.names.with_former(&changes.wanted.classes),
             listeners: changes.wanted.listeners.clone(),
             superseded: changes.superseded(),
             ..Snapshot::default()

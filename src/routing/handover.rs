@@ -27,6 +27,7 @@ pub struct CoreSeed {
     /// How many workers there are.
     pub workers: u8,
     pools: Vec<String>,
+    classes: Vec<String>,
     backends: Vec<(String, String, u64, BackendId)>,
     next_backend: u32,
 }
@@ -69,17 +70,19 @@ impl Core {
             token_keys: self.tokens().to_bytes(),
             workers: self.settings.workers,
             pools: self.names.all(),
+            classes: self.names.classes(),
             backends: backends.collect(),
             next_backend: changes.next_backend,
         }
     }
 
-    /// Gives pools and backends the numbers that they have in another process. Before anything is
+    /// Gives pools, classes and backends the numbers that they have in another process. Before anything is
     /// applied.
     pub fn plant(&self, seed: &CoreSeed) {
         for name in &seed.pools {
             self.names.id(name);
         }
+        self.names.plant_classes(seed.classes.iter().map(String::as_str));
         let mut changes = self.changes();
         changes.next_backend = seed.next_backend;
         let number = |(pool, id, generation, backend): &(String, String, u64, BackendId)| {

@@ -2,6 +2,7 @@
 
 mod again;
 mod changes;
+mod classes;
 mod displaced;
 mod health;
 mod overload;

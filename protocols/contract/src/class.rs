@@ -46,6 +46,19 @@ impl Class {
         }
     }
 
+    /// A class that is no more, at its number: what still has it is treated as the last, bulk.
+    #[must_use]
+    pub fn vacant() -> Self {
+        let bulk = Self::built_in().swap_remove(usize::from(crate::ClassId::BULK.0));
+        Self { name: "".into(), ..bulk }
+    }
+
+    /// Whether it is only the place of one that is no more.
+    #[must_use]
+    pub fn is_vacant(&self) -> bool {
+        self.name.is_empty()
+    }
+
     /// The built-in classes, in the order of their [`crate::ClassId`]s.
     #[must_use]
     pub fn built_in() -> Vec<Self> {

@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 
 /// Changes whenever anything that is handed over changes its form. Processes of two formats do not
 /// hand over to each other: the old one goes on.
-pub const FORMAT: u32 = 6;
+pub const FORMAT: u32 = 7;
 
 /// A fixed word. By this name, since serde takes `&'static str` for something that is borrowed from
 /// what it reads, whatever `with` says.

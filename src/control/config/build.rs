@@ -135,7 +135,7 @@ impl<'a> Build<'a> {
             for entry in reader.named(tree, "classes") {
                 self.once(reader, &join("classes", &entry.key), &entry.value);
             }
-            classes::classes(reader, tree, &mut self.loaded.spec.classes);
+            classes::classes(reader, tree, self.names, &mut self.loaded.spec.classes);
         }
         if let Some(tree) = fields.get("pools") {
             self.read_pools(reader, tree);

@@ -6,6 +6,7 @@ use strowger_contract::{Class, ClassId, OnMiss};
 
 use super::read::{Reader, join};
 use super::tree::Node;
+use crate::routing::PoolNames;
 
 /// Classes, at most: they must fit the session table's byte and the metrics' labels.
 const CLASSES_MAX: usize = 64;
@@ -26,12 +27,20 @@ pub(super) fn word_of(on_miss: OnMiss) -> &'static str {
 }
 
 /// Reads `classes`.
-pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>) {
+pub(super) fn classes(
+    reader: &mut Reader,
+    node: &Node,
+    names: &PoolNames,
+    classes: &mut Vec<Class>,
+) {
     const KEYS: [&str; 6] = ["tier", "deadline", "retry", "share_min", "queue_max", "on_miss"];
-    for entry in reader.named(node, "classes") {
+    // Those that have numbers first: none of the others may get one of these.
+    let mut entries: Vec<_> = reader.named(node, "classes").iter().collect();
+    entries.sort_by_key(|entry| !names.has_class(&entry.key));
+    for entry in entries {
         let path = join("classes", &entry.key);
         let Some(fields) = reader.fields(&entry.value, &path, &KEYS) else { continue };
-        let Some(index) = place_of(reader, classes, &entry.key, &entry.value, &path) else {
+        let Some(index) = place_of(reader, names, classes, &entry.key, &entry.value, &path) else {
             continue;
         };
         let class = &mut classes[index];
@@ -68,29 +77,34 @@ pub(super) fn classes(reader: &mut Reader, node: &Node, classes: &mut Vec<Class>
     }
 }
 
-/// The class of that name, made if there is none.
+/// The class of that name, made if there is none, with the number that it had before.
 fn place_of(
     reader: &mut Reader,
+    names: &PoolNames,
     classes: &mut Vec<Class>,
     name: &str,
     node: &Node,
     path: &str,
 ) -> Option<usize> {
-    match classes.iter().position(|class| *class.name == *name) {
+    match classes.iter().position(|class| !class.is_vacant() && *class.name == *name) {
         Some(index) if index == usize::from(ClassId::CONTROL.0) => {
             let message = "`control` is never queued or shed: it has nothing to change";
             reader.wrong(node, path, message);
             None
         }
         Some(index) => Some(index),
-        None if classes.len() >= CLASSES_MAX => {
-            reader.wrong(node, path, format!("over {CLASSES_MAX} classes"));
-            None
-        }
         None => {
+            let Some(ClassId(number)) = names.class(name, classes, CLASSES_MAX) else {
+                reader.wrong(node, path, format!("over {CLASSES_MAX} classes"));
+                return None;
+            };
+            let index = usize::from(number);
             let template = classes.get(usize::from(ClassId::BULK.0))?.clone();
-            classes.push(Class { name: name.into(), ..template });
-            Some(classes.len() - 1)
+            if classes.len() <= index {
+                classes.resize_with(index + 1, Class::vacant);
+            }
+            classes[index] = Class { name: name.into(), ..template };
+            Some(index)
         }
     }
 }

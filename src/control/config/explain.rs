@@ -48,7 +48,8 @@ fn whole(loaded: &Loaded) -> Vec<(String, Shown)> {
     let node = &loaded.node;
     let workers = node.workers.map_or_else(|| "auto".to_owned(), |count| count.to_string());
     let of_control = usize::from(ClassId::CONTROL.0) + 1;
-    let classes = loaded.spec.classes.iter().skip(of_control).map(|class| {
+    let in_force = |class: &&strowger_contract::Class| !class.is_vacant();
+    let classes = loaded.spec.classes.iter().skip(of_control).filter(in_force).map(|class| {
         let values = map([
             ("tier", number(class.tier)),
             ("deadline", class.deadline.map_or_else(null, time)),

@@ -287,11 +287,13 @@ impl<'a> Listeners<'a> {
 
     fn class(&mut self, reader: &mut Reader, fields: &Fields<'_>) -> Option<ClassId> {
         let name = fields.need_text(reader, "class")?;
-        let found = self.classes.iter().position(|class| *class.name == *name);
+        let named = |class: &Class| !class.is_vacant() && *class.name == *name;
+        let found = self.classes.iter().position(named);
         let (node, path) = (fields.node_of("class"), fields.path_of("class"));
         match found {
             None => {
-                let known = self.classes.iter().skip(1).map(|class| &*class.name);
+                let known = self.classes.iter().skip(1).filter(|class| !class.is_vacant());
+                let known = known.map(|class| &*class.name);
                 reader.wrong(node, &path, unknown("class", &name, known));
                 None
             }
@@ -450,7 +452,7 @@ impl<'a> Listeners<'a> {
     pub(super) fn finish(self, reader: &mut Reader) {
         let built_in = Class::built_in().len();
         for (index, class) in self.classes.iter().enumerate().skip(built_in) {
-            if !self.named.contains(&index) {
+            if !self.named.contains(&index) && !class.is_vacant() {
                 let name = &class.name;
                 reader.warnings.push(format!(
                     "classes.{name}: nothing falls into this class: no built-in one is called `{name}`, and no listener's `classify` names it"

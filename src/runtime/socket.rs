@@ -54,6 +54,27 @@ impl Stream {
         }
     }
 
+    /// Waits until the other side is gone or says nothing more, whatever it sent before that: nothing
+    /// is read.
+    pub(crate) async fn hung_up(&self) {
+        // PRIORITY is the one interest that is ready by the end of reading and not by bytes.
+        self.watch(Interest::PRIORITY | Interest::ERROR).await;
+    }
+
+    /// Waits until the other side has reset the connection.
+    pub(crate) async fn was_reset(&self) {
+        self.watch(Interest::ERROR).await;
+    }
+
+    /// [`Stream::ready`] of the socket itself. A failure is an end as well.
+    async fn watch(&self, interest: Interest) {
+        let _ready = match self {
+            Self::Tcp(stream) => stream.ready(interest).await,
+            Self::Unix(stream) => stream.ready(interest).await,
+            Self::Tls(stream) => stream.socket.ready(interest).await,
+        };
+    }
+
     /// [`Stream::ready`] for a task that polls. It keeps no waiter's memory in the task; one task
     /// may wait for each of reading and writing.
     pub(crate) fn poll_ready(

@@ -45,8 +45,13 @@ pub(crate) async fn join<P: Protocol>(
         if connection.has_left() {
             return Err(CloseCause::Local);
         }
+        if connection.is_closing() {
+            // Also with a wish to join: whoever hung up as its turn came is not sent to a backend.
+            return Err(connection.finish());
+        }
         if let Some((backend, limits)) = connection.take_splice() {
             match dial(host, connection, backend, limits, facts).await {
+                Err(_) if connection.is_closing() => continue,
                 Err(cause) => {
                     host.tell(Endpoint::Client(flow), PeerChange::JoinFailed(backend, cause));
                     continue;
@@ -57,10 +62,12 @@ pub(crate) async fn join<P: Protocol>(
                 }
             }
         }
-        if connection.is_closing() {
-            return Err(connection.finish());
-        }
         tokio::select! {
+            // First: it may be that it hung up and that its turn came.
+            biased;
+            () = connection.stream.hung_up() => {
+                connection.close(Closing::Reset, CloseCause::End);
+            }
             () = connection.kicked() => {}
             () = host.stopped() => connection.close(Closing::Reset, CloseCause::Shutdown),
         }
@@ -80,6 +87,10 @@ async fn dial<P: Protocol>(
             opened = &mut connecting => break opened?.stream,
             // The engine may give the flow up meanwhile. The wish to join kicks as well.
             () = connection.kicked() => if connection.is_closing() || connection.has_left() {
+                return Err(CloseCause::Local);
+            },
+            () = connection.stream.was_reset() => {
+                connection.close(Closing::Reset, CloseCause::Reset);
                 return Err(CloseCause::Local);
             }
         }

@@ -56,6 +56,8 @@ pub(crate) struct Connection {
     pub(crate) congested: Cell<bool>,
     /// A link's engine has found the other side to be what it should be.
     pub(crate) proven: Cell<bool>,
+    /// Other workers were given messages of it: they must hear of its end.
+    pub(crate) handed_over: Cell<bool>,
     /// Its messages come and go in frames.
     pub(crate) websocket: OnceCell<Box<WebSocket>>,
     kick: Kick,
@@ -154,6 +156,7 @@ impl Connection {
             dirty: Cell::new(false),
             congested: Cell::new(false),
             proven: Cell::new(false),
+            handed_over: Cell::new(false),
             websocket: OnceCell::new(),
             kick: Kick::default(),
         })

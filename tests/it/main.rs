@@ -18,6 +18,7 @@ mod diameter_limits;
 mod diameter_links;
 mod diameter_overload;
 mod diameter_peers;
+mod hang_up;
 mod harness;
 mod hostile;
 mod load;

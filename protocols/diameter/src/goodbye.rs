@@ -1,9 +1,10 @@
 //! Goodbyes (RFC 6733 5.4), and what is left to do when a connection is gone.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use strowger_contract::{
-    ClassId, CloseCause, Closing, Endpoint, FlowId, LANE_ACCEPTED, Link, Outbox, Router, Ticket,
+    ClassId, CloseCause, Closing, Endpoint, FlowId, LANE_ACCEPTED, Link, Note, Outbox,
+    RequestOutcome, Router, Ticket,
 };
 
 use crate::SPACE;
@@ -13,6 +14,7 @@ use crate::build::Builder;
 use crate::engine::DiameterEngine;
 use crate::onward::unbind_refused;
 use crate::peer::{BUSY, DISCONNECT_PEER, DO_NOT_WANT_TO_TALK_TO_YOU, REBOOTING, State, link_name};
+use crate::relay::note;
 
 /// How many times Tw a backend is left alone that said it is busy, or wants no connection.
 const BUSY_PAUSE: u32 = 2;
@@ -102,10 +104,16 @@ impl DiameterEngine {
             .collect();
         for ticket in given_up {
             router.withdraw(now, ticket);
-            if let Some(pending) = self.waiting.remove(&ticket) {
+            let Some(pending) = self.waiting.remove(&ticket) else { continue };
+            // Its other copy, if it has one, is told of its end.
+            if !self.is_covered(&pending) {
                 unbind_refused(now, &pending, router);
-                self.pending.recycle(pending.request);
+                out.note(Note::Count("hung_up_waiting"));
+                let (arrived, class) = (pending.arrived, pending.class);
+                let outcome = RequestOutcome::Failed;
+                note(now, arrived, class, outcome, None, Duration::ZERO, out);
             }
+            self.pending.recycle(pending.request);
         }
         if flow.worker() != self.settings.worker {
             // It served as a backend's link.

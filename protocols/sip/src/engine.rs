@@ -340,6 +340,7 @@ impl Engine for SipEngine {
     ) {
         match change {
             PeerChange::Closed(cause) => {
+                self.hung_up(now, peer, router, out);
                 self.answer_by_via(peer, out);
                 if !self.guard.may_look(now, peer, router) {
                     return out.note(Note::Count("sip_looks_left_out"));

@@ -37,6 +37,7 @@ mod flow;
 pub mod frame;
 mod guard;
 mod handover;
+mod hangup;
 mod hedge;
 pub mod hide;
 mod incoming;

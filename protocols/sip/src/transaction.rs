@@ -461,6 +461,15 @@ impl Transactions {
         self.chains.add(&mut self.slab, client, (slot, CLIENT));
     }
 
+    /// The transactions whose client is at the other end of a connection.
+    pub(crate) fn asked_by(&mut self, peer: Endpoint) -> Vec<u32> {
+        let nodes = self.chains.waiting(&mut self.slab, peer).unwrap_or_default();
+        let mut slots: Vec<u32> =
+            nodes.iter().filter(|(_, side)| *side == CLIENT).map(|(slot, _)| *slot).collect();
+        slots.retain(|slot| self.get(*slot).is_some_and(|known| known.client == peer));
+        slots
+    }
+
     /// The answers that are yet to come over a connection go where `elsewhere` says, if it says so.
     pub(crate) fn answer_elsewhere(
         &mut self,

@@ -271,6 +271,11 @@ impl TcpEngine {
                 flow.joined.map_or(Outcome::Abandoned, |latency| Outcome::Ended { latency, held });
             router.outcome(now, backend, outcome);
         }
+        let parked = self.parked.len();
+        self.parked.retain(|parked| *parked != id);
+        if flow.ticket.is_some() || self.parked.len() < parked {
+            out.note(Note::Count("hung_up_waiting"));
+        }
         if flow.joined.is_none() {
             note(now, flow.arrived, flow.class, RequestOutcome::Failed, out);
         }

@@ -273,6 +273,12 @@ impl<P: Protocol> Batch<'_, P> {
             Command::HandOver { to, from, transport, remote, local, arrived, bytes } => {
                 let (from, transport, remote, local, arrived) =
                     (*from, *transport, *remote, *local, *arrived);
+                if let Endpoint::Client(flow) = from
+                    && flow.worker() == self.host.worker
+                    && let Some(connection) = self.state.flows.get(flow)
+                {
+                    connection.handed_over.set(true);
+                }
                 self.post(*to, out.bytes(bytes), |bytes| Mail::Message {
                     from,
                     transport,

@@ -225,6 +225,8 @@ impl<P: Protocol> Host<P> {
                 connection.partial.replace(partial);
                 connection.began.set(began);
                 connection.last_read.set(last_read);
+                // Whether it was is not handed over; one message too many at its end harms nobody.
+                connection.handed_over.set(true);
                 match endpoint {
                     Endpoint::Client(flow) => {
                         self.begun(flow, connection, Next::Cut(Vec::new())).map(Inherited::Begun)

@@ -409,8 +409,9 @@ impl<P: Protocol> Host<P> {
             }
         }
         self.ended(flow, cause);
-        if connection.proven.get() {
-            // It served as a backend's link: what other workers sent there is lost.
+        if connection.proven.get() || connection.handed_over.get() {
+            // It served as a backend's link: what other workers sent there is lost. Or they have
+            // requests of it, which may wait.
             let (peer, change) = (Endpoint::Client(flow), PeerChange::Closed(cause));
             self.shared.tell_others(self.worker, peer, change);
         }

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// What engines and the runtime count when a bound bites, and the bound's name as an operator knows
 /// it: an option's path, or the constant's.
-const BOUNDS: [(&str, &str); 17] = [
+const BOUNDS: [(&str, &str); 18] = [
     ("sip_transactions_limit", "options.max_transactions"),
     ("sip_over_source_limit", "options.limits (of one source)"),
     ("sip_over_method_limit", "options.limits (of a method)"),
@@ -20,6 +20,7 @@ const BOUNDS: [(&str, &str); 17] = [
     ("diameter_duplicates_full", "answers kept for duplicates (ANSWERS_MAX, BYTES_MAX)"),
     ("diameter_ingress_limit", "options.ingress"),
     ("diameter_rules_too_long", "a message's length after rules"),
+    ("waiting_flow_full", "datagrams kept for a waiting flow (KEPT_DATAGRAMS_MAX, KEPT_BYTES_MAX)"),
     ("backpressure", "capacity (backpressure)"),
     ("over_per_source", "limits.per_source"),
     ("overflow", "limits.queued_bytes"),
@@ -90,10 +91,15 @@ mod tests {
     fn no_word_of_a_bound_is_forgotten() {
         const NONE: [&str; 1] = ["udp_max"];
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/");
-        let mut folders: Vec<std::path::PathBuf> =
-            ["protocols/sip/src", "protocols/diameter/src", "protocols/tcp/src", "src/runtime"]
-                .map(|folder| format!("{root}{folder}").into())
-                .into();
+        let mut folders: Vec<std::path::PathBuf> = [
+            "protocols/sip/src",
+            "protocols/diameter/src",
+            "protocols/tcp/src",
+            "protocols/udp/src",
+            "src/runtime",
+        ]
+        .map(|folder| format!("{root}{folder}").into())
+        .into();
         let mut seen = 0;
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder).expect("a folder").flatten() {

@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// What engines and the runtime count when a bound bites, and the bound's name as an operator knows
 /// it: an option's path, or the constant's.
-const BOUNDS: [(&str, &str); 18] = [
+const BOUNDS: [(&str, &str); 19] = [
     ("sip_transactions_limit", "options.max_transactions"),
     ("sip_over_source_limit", "options.limits (of one source)"),
     ("sip_over_method_limit", "options.limits (of a method)"),
@@ -18,6 +18,7 @@ const BOUNDS: [(&str, &str); 18] = [
     ("diameter_pending_limit", "options.peer_pending"),
     ("diameter_reports_full", "overload reports that are kept (REPORTS_MAX)"),
     ("diameter_duplicates_full", "answers kept for duplicates (ANSWERS_MAX, BYTES_MAX)"),
+    ("diameter_redirects_full", "redirections that are kept (KEPT_MAX)"),
     ("diameter_ingress_limit", "options.ingress"),
     ("diameter_rules_too_long", "a message's length after rules"),
     ("waiting_flow_full", "datagrams kept for a waiting flow (KEPT_DATAGRAMS_MAX, KEPT_BYTES_MAX)"),

@@ -16,7 +16,7 @@ use crate::mediation::Applied;
 use crate::onward::{header_of, unbind_refused};
 use crate::overload::{self, About, realm_hash};
 use crate::pending::{Pending, Pendings};
-use crate::redirect::{self, Indication};
+use crate::redirect::{self, Indication, Kept};
 use crate::relay::note;
 use crate::rewrite;
 use crate::subscriber::Subscriber;
@@ -220,8 +220,10 @@ impl DiameterEngine {
             let summary = Summary::of(&pending.request);
             let user = Subscriber::of(&pending.request).imsi.unwrap_or_default();
             let indication = Indication::read(message.bytes);
-            if self.redirects.keep(now, indication, (&header, &summary, user), backend) {
-                out.note(Note::Count("diameter_redirects_kept"));
+            match self.redirects.keep(now, indication, (&header, &summary, user), backend) {
+                Kept::Yes => out.note(Note::Count("diameter_redirects_kept")),
+                Kept::Full => out.note(Note::Count("diameter_redirects_full")),
+                Kept::No => {}
             }
         }
         if let Err(pending) =

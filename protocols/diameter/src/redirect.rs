@@ -54,6 +54,17 @@ fn host(uri: &[u8]) -> Option<&[u8]> {
     (end > 0).then_some(&rest[..end])
 }
 
+/// What became of a redirection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kept {
+    /// It holds for further requests.
+    Yes,
+    /// It is for the one request.
+    No,
+    /// There is no room for it ([`KEPT_MAX`]).
+    Full,
+}
+
 /// The redirections that hold.
 #[derive(Debug, Default)]
 pub(crate) struct Redirects {
@@ -61,26 +72,26 @@ pub(crate) struct Redirects {
 }
 
 impl Redirects {
-    /// Keeps one; whether it may be kept.
+    /// Keeps one, if it may be kept.
     pub(crate) fn keep(
         &mut self,
         now: Instant,
         indication: Indication,
         (header, summary, user): (&Header, &Summary<'_>, &[u8]),
         backend: BackendId,
-    ) -> bool {
-        let Some(key) = key(indication.usage, header, summary, user) else { return false };
+    ) -> Kept {
+        let Some(key) = key(indication.usage, header, summary, user) else { return Kept::No };
         if indication.lasting.is_zero() {
-            return false;
+            return Kept::No;
         }
         if self.kept.len() >= KEPT_MAX {
             self.kept.retain(|_, (_, until)| *until > now);
             if self.kept.len() >= KEPT_MAX {
-                return false;
+                return Kept::Full;
             }
         }
         self.kept.insert(key, (backend, now + indication.lasting));
-        true
+        Kept::Yes
     }
 
     /// Where a request is to go by what was said before; RFC 6733 6.13 orders the usages so.
@@ -159,12 +170,21 @@ mod tests {
         let (header, summary) = (Header::read(&asked).expect("a header"), Summary::of(&asked));
         let indication =
             Indication { usage: REALM_AND_APPLICATION, lasting: Duration::from_secs(9) };
-        assert!(kept.keep(now, indication, (&header, &summary, b""), BackendId(3)));
+        let keep = |kept: &mut Redirects, now, indication| {
+            kept.keep(now, indication, (&header, &summary, b""), BackendId(3))
+        };
+        assert_eq!(keep(&mut kept, now, indication), Kept::Yes);
         assert_eq!(find(&kept, now, &request("A.example", 7)), Some(BackendId(3)));
         assert_eq!(find(&kept, now, &request("A.example", 8)), None);
         assert_eq!(find(&kept, now, &request("b.example", 7)), None);
         assert_eq!(find(&kept, now + Duration::from_secs(9), &asked), None);
         let never = Indication { usage: 0, lasting: Duration::from_secs(9) };
-        assert!(!kept.keep(now, never, (&header, &summary, b""), BackendId(3)));
+        assert_eq!(keep(&mut kept, now, never), Kept::No);
+        // One that is over makes room, and only then.
+        kept.kept.extend(
+            (0..KEPT_MAX as u64).map(|key| (key, (BackendId(1), now + indication.lasting))),
+        );
+        assert_eq!(keep(&mut kept, now, indication), Kept::Full);
+        assert_eq!(keep(&mut kept, now + indication.lasting, indication), Kept::Yes);
     }
 }

@@ -15,7 +15,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use rig::{DiameterRig, SipRig, core, invite, key};
-use strowger_contract::{ClassId, Query, Router, WorkerId};
+use strowger_contract::{Attempt, ClassId, Query, Router, WorkerId};
 use strowger_sip::Mode;
 use strowger_sip::scan::Scan;
 
@@ -226,6 +226,7 @@ fn route(backends: usize, count: u64) {
             deadline: now + Duration::from_secs(1),
             capability: 0,
             exclude: &[],
+            attempt: Attempt::First,
         };
         let _decision = std::hint::black_box(router.route(now, &query));
     }

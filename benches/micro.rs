@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use divan::{Bencher, black_box, counter::ItemsCount};
 use rig::{DiameterRig, SipRig, core, invite, key};
 use strowger::routing::BindingTable;
-use strowger_contract::{BindingKey, ClassId, Keyer, Query, Router, WorkerId};
+use strowger_contract::{Attempt, BindingKey, ClassId, Keyer, Query, Router, WorkerId};
 use strowger_sip::Mode;
 use strowger_sip::scan::Scan;
 
@@ -91,6 +91,7 @@ fn route(bencher: Bencher<'_, '_>, backends: usize) {
             deadline: now + Duration::from_secs(1),
             capability: 0,
             exclude: &[],
+            attempt: Attempt::First,
         };
         router.route(now, &query)
     });

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use rig::{DiameterRig, SipRig, core_with_room, key, spec};
 use serde_json::json;
 use strowger::routing::{Core, CoreRouter};
-use strowger_contract::{ClassId, PoolId, Query, Router, WorkerId};
+use strowger_contract::{Attempt, ClassId, PoolId, Query, Router, WorkerId};
 use strowger_sip::Mode;
 
 const BATCHES: usize = 60;
@@ -108,6 +108,7 @@ fn query(
         deadline: now + Duration::from_secs(1),
         capability: 0,
         exclude: &[],
+        attempt: Attempt::First,
     }
 }
 

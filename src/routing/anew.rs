@@ -5,8 +5,8 @@
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, ClassId, NumberMap, Pin, PoolId, Query, RouteReason, Router, SessionKey, Ticket,
-    Verdict,
+    Attempt, BackendId, ClassId, NumberMap, Pin, PoolId, Query, RouteReason, Router, SessionKey,
+    Ticket, Verdict,
 };
 
 use super::core::Core;
@@ -54,6 +54,7 @@ impl Kept {
             deadline: self.deadline,
             capability: self.capability,
             exclude: &self.exclude,
+            attempt: Attempt::Anew,
         }
     }
 }

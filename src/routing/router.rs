@@ -146,9 +146,6 @@ impl CoreRouter {
     }
 
     fn balanced(&mut self, at: Instant, pool: &Arc<Pool>, query: &Query<'_>) -> Verdict {
-        if !self.may_retry(pool, query) {
-            return Verdict::Refuse(self.overloaded());
-        }
         let mut misses = Misses::default();
         match self.find(pool, at, query, &mut misses) {
             Some(found) => self.go_to_any(at, pool, Some(found), query),
@@ -216,6 +213,9 @@ impl Router for CoreRouter {
             }
         }
         if self.core.brownout_step() > 1 && self.is_given_up(now, query) {
+            return Verdict::Refuse(self.overloaded());
+        }
+        if !self.may_retry(query) {
             return Verdict::Refuse(self.overloaded());
         }
         if let Some(verdict) = query.pin.and_then(|pin| self.pinned(now, pin, query)) {

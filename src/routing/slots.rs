@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strowger_contract::{BackendId, ClassId, Query, Refusal, Route, RouteReason, Ticket, Verdict};
+use strowger_contract::{
+    Attempt, BackendId, ClassId, Query, Refusal, Route, RouteReason, Ticket, Verdict,
+};
 
 use super::anew::Kept;
 use super::core::Core;
@@ -194,12 +196,12 @@ impl CoreRouter {
     }
 
     fn admitted(&self, pool: &Pool, query: &Query<'_>) {
-        if self.anew.is_some() {
+        if query.attempt == Attempt::Anew {
             return;
         }
         let tier = self.snapshot.class(query.class).map_or(3, |class| class.tier);
         pool.live.qos.load.admitted(tier);
-        if query.exclude.is_empty() {
+        if query.attempt == Attempt::First {
             pool.live.qos.retry.first();
         }
     }
@@ -225,9 +227,13 @@ impl CoreRouter {
     }
 
     /// Whether a further try is in the pool's retry budget.
-    pub(super) fn may_retry(&mut self, pool: &Pool, query: &Query<'_>) -> bool {
+    pub(super) fn may_retry(&self, query: &Query<'_>) -> bool {
+        if query.attempt != Attempt::Retry || !query.awaits {
+            return true;
+        }
+        let Some(pool) = self.snapshot.pool(query.pool) else { return true };
         let qos = &pool.live.qos;
-        if query.exclude.is_empty() || !query.awaits || qos.retry.take() {
+        if qos.retry.take() {
             return true;
         }
         qos.retries_denied.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -272,12 +278,13 @@ impl CoreRouter {
                 return self.leave_on_slot(pool, backend, entry.waiter.reason, query);
             }
         }
-        let admission = qos.admit(&mut inner, wanted, &entry);
+        let admission = qos.admit(&inner, wanted, &entry);
         // With a free slot it may be its turn at once, whatever the prediction says.
         if free.is_none()
             && let Err((no, predicted)) = admission
         {
             qos.renounce();
+            inner.count_no(query.class, no);
             drop(inner);
             return self.refuse_entry(pool, query, &entry, no, predicted);
         }
@@ -292,10 +299,10 @@ impl CoreRouter {
             settlement.waiter.ticket == ticket && Arc::ptr_eq(&settlement.waiter.desk, &self.desk)
         });
         let mine = mine.map(|index| settled.swap_remove(index).settled);
-        let refused = match (mine, admission) {
+        let refused = match (&mine, admission) {
             (None, Err((no, predicted))) => {
-                inner.lanes.remove(place);
-                qos.renounce();
+                qos.turn_away(&mut inner, place);
+                inner.count_no(query.class, no);
                 Some((no, predicted))
             }
             _ => None,
@@ -311,7 +318,10 @@ impl CoreRouter {
                 self.admitted(pool, query);
                 Verdict::Go(route)
             }
-            Some(Settled::Refused(refusal)) => Verdict::Refuse(refusal),
+            Some(Settled::Refused(refusal)) => {
+                self.core.log_late_after(&self.snapshot, clock, &entry.waiter);
+                Verdict::Refuse(refusal)
+            }
             // Only what waited before is displaced.
             Some(Settled::Displaced) => Verdict::Refuse(Refusal::NoBackend),
             None => {
@@ -536,8 +546,13 @@ impl Core {
     }
 
     fn log_settled(&self, clock: u64, snapshot: &super::Snapshot, settlement: &Settlement) {
-        let Settled::Refused(_) = settlement.settled else { return };
-        let waiter = &settlement.waiter;
+        if matches!(settlement.settled, Settled::Refused(_)) {
+            self.log_late_after(snapshot, clock, &settlement.waiter);
+        }
+    }
+
+    /// One that had been let in is refused after all.
+    fn log_late_after(&self, snapshot: &super::Snapshot, clock: u64, waiter: &Waiter) {
         let Some(pool) = snapshot.pool(waiter.pool) else { return };
         pool.live.qos.load.refused(true);
         let (waited, budget) =

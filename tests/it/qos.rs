@@ -87,6 +87,30 @@ fn a_connection_waits_for_a_slot_and_too_many_are_refused_at_once() {
     assert_eq!(view["qos"]["policy"], "deadline");
 }
 
+/// `backpressure` is longer than what the class promises: who waits by it is served when a slot is
+/// free, and nobody is let in behind it.
+#[test]
+fn backpressure_outlasts_the_deadline_of_the_class() {
+    let (port, backend) = (free_port(), free_port());
+    greet(backend);
+    let text = config(port, backend, "deadline")
+        .replace("workers: 2", "workers: 1")
+        .replace("deadline: 30s", "deadline: 200ms")
+        .replace("connect_timeout: 20s", "connect_timeout: 20s, backpressure: 60s");
+    let edge = Edge::start(&text);
+    let mut one = connect(port);
+    assert_eq!(first(&mut one), Some(b'a'));
+    let mut waits = connect(port);
+    edge.until("it is kept", |edge| {
+        edge.metric("strowger_protocol_total", &["backpressure"]) >= 1.0
+    });
+    // Longer than the deadline that it had.
+    thread::sleep(Duration::from_millis(400));
+    one.shutdown(Shutdown::Both).expect("shut down");
+    drop(one);
+    assert_eq!(first(&mut waits), Some(b'a'), "it gets the slot");
+}
+
 #[test]
 fn a_fifo_pool_lets_all_of_them_wait() {
     let (port, backend) = (free_port(), free_port());

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use strowger::routing::Grant;
-use strowger_contract::{BackendId, ClassId, Outcome, Query, Router, Ticket, Verdict};
+use strowger_contract::{Attempt, BackendId, ClassId, Outcome, Query, Router, Ticket, Verdict};
 
 use super::support::{World, backends, pin, plain};
 
@@ -29,6 +29,7 @@ impl World {
             deadline: self.now() + budget,
             capability: 0,
             exclude,
+            attempt: if exclude.is_empty() { Attempt::First } else { Attempt::Retry },
         };
         self.router.route(self.now(), &query)
     }

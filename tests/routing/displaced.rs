@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use strowger::routing::{Grant, PoolSpec};
 use strowger_contract::{
-    BackendId, ClassId, CloseCause, Link, Outcome, Pin, Query, Refusal, Router, Ticket, Verdict,
+    Attempt, BackendId, ClassId, CloseCause, Link, Outcome, Pin, Query, Refusal, Router, Ticket,
+    Verdict,
 };
 
 use super::support::{POOL, World, backends, pin, plain};
@@ -38,6 +39,7 @@ impl World {
             deadline: self.now() + Duration::from_secs(5),
             capability: 0,
             exclude,
+            attempt: if exclude.is_empty() { Attempt::First } else { Attempt::Retry },
         };
         self.router.route(self.now(), &query)
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use strowger::routing::{Balance, Grant};
-use strowger_contract::{ClassId, Outcome, Query, Refusal, RouteReason, Router, Verdict};
+use strowger_contract::{Attempt, ClassId, Outcome, Query, Refusal, RouteReason, Router, Verdict};
 
 use crate::support::{POOL, World, backends, pin, plain};
 
@@ -216,6 +216,7 @@ fn a_backend_whose_agent_says_full_gets_no_more_until_it_says_otherwise() {
             deadline: world.now() + Duration::from_millis(500),
             capability: 0,
             exclude: &[],
+            attempt: Attempt::First,
         };
         world.router.route(world.now(), &query)
     };

@@ -12,8 +12,8 @@ use strowger::routing::{
     PoolSpec, QosSpec, SnapshotSpec,
 };
 use strowger_contract::{
-    BackendId, Class, ClassId, Keyer, Outcome, Pin, PoolId, Query, Router, Ticket, TokenKeys,
-    Transport, Verdict, WorkerId,
+    Attempt, BackendId, Class, ClassId, Keyer, Outcome, Pin, PoolId, Query, Router, Ticket,
+    TokenKeys, Transport, Verdict, WorkerId,
 };
 
 const POOL: &str = "crowd";
@@ -356,6 +356,7 @@ impl World {
             deadline: self.instant(deadline),
             capability: 0,
             exclude: &[],
+            attempt: Attempt::First,
         };
         let now = self.instant(self.now);
         match self.routers[worker].route(now, &query) {

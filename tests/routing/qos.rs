@@ -120,14 +120,13 @@ fn fresh_seeds_say_what_was_not_fitted() {
                 by_class.join(" | "),
             );
             let at = format!("{service:?}, {backends} backends, {load}");
-            // At 0.95 bulk, the last, misses the bar with bimodal times on one seed in ten.
-            let judged = match load {
-                ..0.9 => MIX.len(),
-                ..1.0 => MIX.len() - 1,
-                _ => 0,
-            };
-            let worst = met[..judged].iter().map(|spread| spread.worst).fold(1.0, f64::min);
-            assert!(worst >= 0.999, "{at}: met {worst}");
+            for (spread, (class, _)) in met.iter().zip(MIX).filter(|_| load < 1.0) {
+                // A seed whose last five seconds were over the capacity may cost bulk a little more.
+                let may_vary = load > 0.9 && class == ClassId::BULK;
+                let least = if may_vary { 0.99 } else { 0.999 };
+                assert!(spread.mean >= 0.999, "{at}: {class:?} met {}", spread.mean);
+                assert!(spread.worst >= least, "{at}: {class:?} met {}", spread.worst);
+            }
             assert!(refusal <= 5.0, "{at}: median refusal after {refusal} ms");
             assert!(load < 1.0 || goodput.mean >= 0.95, "{at}: goodput {}", goodput.mean);
             assert!(high.worst >= 0.999, "{at}: tier 0 {}", high.worst);

@@ -9,8 +9,8 @@ use strowger::routing::{
     Plan, PoolSpec, PoolView, QosSpec, SnapshotSpec,
 };
 use strowger_contract::{
-    BackendId, ClassId, Keyer, Pin, PoolId, Query, Route, Router, SessionKey, TokenKeys, Transport,
-    Verdict, WorkerId,
+    Attempt, BackendId, ClassId, Keyer, Pin, PoolId, Query, Route, Router, SessionKey, TokenKeys,
+    Transport, Verdict, WorkerId,
 };
 
 pub(crate) const POOL: &str = "calls";
@@ -159,6 +159,7 @@ impl World {
             deadline: self.now(),
             capability: 0,
             exclude: &[],
+            attempt: Attempt::First,
         };
         self.router.route(self.now(), &query)
     }

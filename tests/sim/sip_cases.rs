@@ -62,6 +62,40 @@ fn a_call_holds_a_slot_from_its_2xx_to_its_bye_and_is_recorded() {
     bench.rests();
 }
 
+/// The slot of the INVITE becomes the call's: whoever waits does not get it in between.
+#[test]
+fn a_call_that_is_answered_keeps_its_slot_from_those_who_wait() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, Some(1))]);
+    let sent = bench.client(&request("INVITE", "c1", ""));
+    assert_eq!(starts(&sent), ["100", "INVITE"]);
+    assert_eq!(starts(&bench.client(&request("INVITE", "c2", ""))), ["100"], "it waits");
+    let answered = bench.answers(&sent[1].clone(), "200 OK", "Contact: <sip:bob@10.0.0.1>\r\n");
+    assert_eq!(starts(&answered), ["200"], "{answered:?}");
+    assert_eq!(bench.held(), 1);
+}
+
+/// Not all who were refused come back in the same second.
+#[test]
+fn retry_after_is_spread() {
+    let mut bench = Bench::new(json!({}), "", vec![backend(1, Some(1))]);
+    let mut heard = std::collections::BTreeMap::<String, u32>::new();
+    for number in 0..60 {
+        for (_, text) in bench.client(&request("INVITE", &format!("c{number}"), "")) {
+            if text.starts_with("SIP/2.0 503") {
+                *heard.entry(header(&text, "Retry-After").to_owned()).or_default() += 1;
+            }
+        }
+        for (_, text) in bench.passes(Duration::from_millis(20)) {
+            if text.starts_with("SIP/2.0 503") {
+                *heard.entry(header(&text, "Retry-After").to_owned()).or_default() += 1;
+            }
+        }
+    }
+    let waits: Vec<&str> = heard.keys().map(String::as_str).collect();
+    assert_eq!(waits, ["1", "2"], "{heard:?}");
+    assert!(heard.values().all(|count| *count > 5), "{heard:?}");
+}
+
 /// DESIGN 5: an emergency session stays one to its end, whichever side speaks, whatever it carries.
 #[test]
 fn an_emergency_call_stays_one_by_its_token() {

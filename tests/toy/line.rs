@@ -16,9 +16,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use strowger_contract::duration::Span;
 use strowger_contract::{
-    BackendId, ClassId, Context, Endpoint, Engine, FrameError, Framer, Framing, Links, Message,
-    Note, OptionsError, Outbox, Outcome, PeerChange, PoolId, Probe, ProbeReply, Protocol, Query,
-    Refusal, RequestOutcome, Route, Router, Scope, SessionKey, Ticket, Transport, Verdict,
+    Attempt, BackendId, ClassId, Context, Endpoint, Engine, FrameError, Framer, Framing, Links,
+    Message, Note, OptionsError, Outbox, Outcome, PeerChange, PoolId, Probe, ProbeReply, Protocol,
+    Query, Refusal, RequestOutcome, Route, Router, Scope, SessionKey, Ticket, Transport, Verdict,
 };
 
 /// The longest line: a bound for what a peer can make us hold.
@@ -257,6 +257,7 @@ impl LineEngine {
             deadline: pending.deadline,
             capability: 0,
             exclude: &pending.tried,
+            attempt: if pending.tried.is_empty() { Attempt::First } else { Attempt::Retry },
         };
         match router.route(now, &query) {
             Verdict::Go(route) => self.go(now, number, route, router, out),

@@ -67,7 +67,7 @@ pub use outbox::{Closing, Command, Frame, Level, Note, Outbox, RequestOutcome};
 pub use protocol::{
     ClassRule, Context, Links, LocalSocket, OptionsError, Probe, ProbeReply, Protocol, Scope,
 };
-pub use query::{Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
+pub use query::{Attempt, Fault, Outcome, Query, Refusal, Route, RouteReason, Verdict};
 pub use resolve::{
     HOST_NAME_MAX, Lookup, LookupId, NameScheme, PLACES_MAX, Place, Transports, Unresolved,
 };

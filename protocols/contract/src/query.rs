@@ -27,8 +27,23 @@ pub struct Query<'a> {
     /// What the backend must be able to do, as its link told ([`crate::Link::Up`]); 0: nothing in
     /// particular. For Diameter the application.
     pub capability: u32,
-    /// Backends already tried.
+    /// Backends that it must not go to: those that were tried, and those that are passed over.
     pub exclude: &'a [BackendId],
+    /// Whether it is asked for the first time.
+    pub attempt: Attempt,
+}
+
+/// What a question is to the router's accounts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Attempt {
+    /// A request that was not asked for before: it arrives, and earns the pool a part of a retry.
+    #[default]
+    First,
+    /// The same try is asked for anew, since where it was to go is passed over: it is in the accounts
+    /// already.
+    Anew,
+    /// It was sent to a backend before: paid from the pool's retry budget.
+    Retry,
 }
 
 /// The router's answer.

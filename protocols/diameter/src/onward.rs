@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, ClassId, Closing, Endpoint, Note, OnMiss, Outbox, Outcome, Pin, PoolId, Query, Rate,
-    Refusal, RequestOutcome, Route, RouteReason, Router, SessionKey, Ticket, Verdict,
+    Attempt, BackendId, ClassId, Closing, Endpoint, Note, OnMiss, Outbox, Outcome, Pin, PoolId,
+    Query, Rate, Refusal, RequestOutcome, Route, RouteReason, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::SPACE;
@@ -384,6 +384,11 @@ impl DiameterEngine {
                 deadline: if tries == 0 { pending.deadline } else { pending.expires },
                 capability: pending.application,
                 exclude: &passed[..count],
+                attempt: match tries {
+                    _ if count > first || but.is_some() => Attempt::Anew,
+                    0 => Attempt::First,
+                    _ => Attempt::Retry,
+                },
             };
             match router.route(now, &query) {
                 Verdict::Go(route) => {

@@ -156,6 +156,9 @@ impl SipEngine {
         let Some(transaction) = self.transactions.get(slot) else { return };
         let (state, invite, method, hedged) =
             (transaction.state, transaction.is_invite(), transaction.method, transaction.hedged);
+        let (session, class) = (transaction.session, transaction.class);
+        let begins_call =
+            invite && transaction.creates_dialog && self.settings.options.record_route;
         let Some(leg) = transaction.leg(at.1) else { return };
         let late = leg.abandoned;
         let backend = leg.backend;
@@ -167,6 +170,14 @@ impl SipEngine {
         if state == State::Open {
             // Before its slot is given back: the call's is free as well for whoever waits.
             self.bye_ended(now, slot, (code, false), router, out);
+            // Nor must it go to one that waits before the call has taken it.
+            if begins_call
+                && let Some(backend) = backend
+                && let Some(pool) = router.backend(backend).map(|view| view.pool)
+            {
+                let ttl = self.session_time(message.bytes, scan, pool, router);
+                router.hold(now, session, backend, class, ttl);
+            }
         }
         self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
         if state != State::Open {

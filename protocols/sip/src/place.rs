@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use strowger_contract::{
-    BackendId, Endpoint, Message, Note, OnMiss, Outbox, Outcome, Pin, Query, Refusal,
+    Attempt, BackendId, Endpoint, Message, Note, OnMiss, Outbox, Outcome, Pin, Query, Refusal,
     RequestOutcome, Route, Router, SessionKey, Ticket, Transport, Verdict,
 };
 
@@ -166,7 +166,9 @@ impl SipEngine {
             deadline,
             capability: 0,
             exclude: &[],
+            attempt: if first { Attempt::First } else { Attempt::Retry },
         };
+        let anew = Query { attempt: Attempt::Anew, ..query };
         let mut verdict = router.route(now, &Query { exclude: excluded.list(), ..query });
         // Those that asked for less, and those that must not have it, are passed over.
         let mut passed = None;
@@ -174,7 +176,7 @@ impl SipEngine {
             let why = if self.settings.bars(request, scan, wanted, route.transport) {
                 Refusal::NoCapability
             } else if self.overload.is_left_out(now, route.backend, class, in_session) {
-                Refusal::Overloaded { retry_after: std::time::Duration::from_secs(1) }
+                Refusal::Overloaded { retry_after: std::time::Duration::from_millis(1_500) }
             } else {
                 break;
             };
@@ -186,7 +188,7 @@ impl SipEngine {
             if pin.is_some() || !excluded.push(route.backend) {
                 return Verdict::Refuse(why);
             }
-            verdict = router.route(now, &Query { exclude: excluded.list(), ..query });
+            verdict = router.route(now, &Query { exclude: excluded.list(), ..anew });
         }
         if let (Some(why), Verdict::Refuse(_)) = (passed, &verdict) {
             return Verdict::Refuse(why);

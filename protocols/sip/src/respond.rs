@@ -73,7 +73,7 @@ pub(crate) fn respond(
     }
     if let Some(wait) = answer.retry_after {
         out.extend_from_slice(b"Retry-After: ");
-        decimal(wait.as_secs().max(1), out);
+        decimal(whole_seconds(wait, key), out);
         out.extend_from_slice(b"\r\n");
     }
     if let Some(unsupported) = answer.unsupported {
@@ -90,6 +90,13 @@ pub(crate) fn respond(
     }
     out.extend_from_slice(b"Content-Length: 0\r\n\r\n");
     crate::hide::restore_call_id(out, start);
+}
+
+/// Retry-After has whole seconds only (RFC 3261 20.33). Who hears 1.5 s hears one or two, as `key` falls,
+/// so that not all who were refused come back at once; it falls alike for each retransmission.
+fn whole_seconds(wait: Duration, key: u64) -> u64 {
+    let up = u64::from(wait.subsec_millis()) > (key >> 7) % 1_000;
+    (wait.as_secs() + u64::from(up)).max(1)
 }
 
 fn our_tag(key: u64, out: &mut Vec<u8>) {

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use strowger_contract::{ClassId, Note, Outbox, Query, Refusal, RequestOutcome, Router, Verdict};
+use strowger_contract::{
+    Attempt, ClassId, Note, Outbox, Query, Refusal, RequestOutcome, Router, Verdict,
+};
 
 use crate::branch::Branch;
 use crate::engine::SipEngine;
@@ -46,6 +48,7 @@ impl SipEngine {
                     deadline,
                     capability: 0,
                     exclude: &[],
+                    attempt: Attempt::First,
                 };
                 match router.route(now, &query) {
                     // The same for each retransmission, so it is refused and not sent to another.
@@ -59,7 +62,8 @@ impl SipEngine {
                         ) =>
                     {
                         out.note(Note::Count("sip_oc_left_out"));
-                        let refusal = Refusal::Overloaded { retry_after: Duration::from_secs(1) };
+                        let refusal =
+                            Refusal::Overloaded { retry_after: Duration::from_millis(1_500) };
                         out.note(Note::Refused(class, refusal));
                         return self.refuse(now, incoming, class, &self.answer_for(refusal), out);
                     }

@@ -8,9 +8,9 @@ use strowger_contract::handover::{Broken, read, write};
 use strowger_contract::network::source_name;
 use strowger_contract::outbox::SpliceLimits;
 use strowger_contract::{
-    BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, FlowId, Message,
-    Note, NumberMap, Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query, Refusal,
-    RequestOutcome, Route, Router, SessionKey, Ticket, Verdict,
+    Attempt, BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, FlowId,
+    Message, Note, NumberMap, Opened, Outbox, Outcome, PeerChange, PeerFacts, PoolId, Query,
+    Refusal, RequestOutcome, Route, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::options::{Relay, TcpMatch};
@@ -142,12 +142,26 @@ impl TcpEngine {
 
     /// Asks for a backend and joins the flow to it.
     fn join(&mut self, now: Instant, id: FlowId, router: &mut dyn Router, out: &mut Outbox) {
+        self.ask(now, id, false, router, out);
+    }
+
+    /// The same. `parked`: it was refused before, and waits for as long as `backpressure` says; its
+    /// class's own deadline is over then, or was found too short.
+    fn ask(
+        &mut self,
+        now: Instant,
+        id: FlowId,
+        parked: bool,
+        router: &mut dyn Router,
+        out: &mut Outbox,
+    ) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
         let class = router.class(flow.class);
         let tries = flow.tried.len();
         // A backend that does not answer takes its whole connect timeout: the budget must leave
         // room for the next one, or there would be no next one.
         let patience = if tries == 0 { Duration::ZERO } else { self.limits.connect * 2 };
+        let patience = if parked { patience.max(self.backpressure) } else { patience };
         let budget = class.deadline.unwrap_or(self.limits.connect).max(patience);
         let refusal = if tries > usize::from(class.retry) || tries >= TRIES_MAX {
             Refusal::NoBackend
@@ -162,6 +176,7 @@ impl TcpEngine {
                 deadline: flow.arrived + budget,
                 capability: 0,
                 exclude: &flow.tried,
+                attempt: if tries == 0 { Attempt::First } else { Attempt::Retry },
             };
             match router.route(now, &query) {
                 Verdict::Go(route) => {
@@ -186,7 +201,12 @@ impl TcpEngine {
         if full && now < arrived + self.backpressure {
             if !self.parked.contains(&id) {
                 out.note(Note::Count("backpressure"));
-                self.parked.push_back(id);
+                // By age: one that waited in the queue in between has its place again.
+                let behind = |other: &FlowId| {
+                    self.flows.get(other).is_some_and(|other| other.arrived > arrived)
+                };
+                let place = self.parked.iter().position(behind).unwrap_or(self.parked.len());
+                self.parked.insert(place, id);
             }
             self.retry_at = Some(now + PARKED_EVERY);
             return;
@@ -406,8 +426,11 @@ impl Engine for TcpEngine {
             return;
         }
         self.retry_at = None;
-        for id in std::mem::take(&mut self.parked) {
-            self.join(now, id, router, out);
+        // Those behind one that may not go on yet are not asked for.
+        while self.retry_at.is_none()
+            && let Some(id) = self.parked.pop_front()
+        {
+            self.ask(now, id, true, router, out);
         }
     }
 

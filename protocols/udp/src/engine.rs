@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use strowger_contract::handover::{Broken, moment, read, write};
 use strowger_contract::network::source_name;
 use strowger_contract::{
-    BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine, Message, Note,
-    NumberMap, Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome, Route, Router,
-    SessionKey, Ticket, Verdict,
+    Attempt, BackendId, ClassId, ClassRule, CloseCause, Closing, Context, Endpoint, Engine,
+    Message, Note, NumberMap, Outbox, Outcome, PeerChange, PoolId, Query, Refusal, RequestOutcome,
+    Route, Router, SessionKey, Ticket, Verdict,
 };
 
 use crate::flows::{Client, Flow, Flows};
@@ -477,6 +477,7 @@ fn query<'a>(flow: &Flow, deadline: Instant, exclude: &'a [BackendId]) -> Query<
         deadline,
         capability: 0,
         exclude,
+        attempt: if exclude.is_empty() { Attempt::First } else { Attempt::Retry },
     }
 }
 

@@ -6,9 +6,10 @@ use strowger_contract::PoolLoad;
 
 use super::lanes::TIERS;
 
-/// Windows, in milliseconds: a request with a budget looks at the one that is nearest to it. A
-/// shorter look would refuse what has seconds to wait because of a burst of milliseconds.
-const WINDOWS_MS: [u64; 4] = [200, 500, 2_000, 5_000];
+/// Windows, in milliseconds: a request looks at those up to one longer than its budget. A shorter
+/// look would refuse what has seconds to wait because of a burst of milliseconds; and a burst as long
+/// as the budget is followed by what there was before it as often as not.
+const WINDOWS_MS: [u64; 5] = [200, 500, 2_000, 5_000, 15_000];
 
 /// Arrivals of each tier, and their rates.
 #[derive(Debug, Default)]
@@ -139,12 +140,12 @@ impl Load {
         if tier == 0 || slots == 0 {
             return 0.0;
         }
-        // The least of the windows up to its own: when a burst is over, the short one says so first,
-        // and what is still to come within a long budget is not judged by a burst alone.
+        // The least of the windows: when a burst is over, the short one says so first, and what is
+        // still to come within a long budget is not judged by a burst alone.
         let of_window = |rates: &[AtomicU32; TIERS]| -> u32 {
             rates.iter().take(usize::from(tier)).map(|rate| rate.load(Relaxed)).sum()
         };
-        let windows = &self.rates[..=nearest(budget_us)];
+        let windows = &self.rates[..=longest(budget_us)];
         let rate = windows.iter().map(of_window).min().unwrap_or(0);
         f64::from(rate) / 1_000.0 * mean_us as f64 / 1_000_000.0 / f64::from(slots)
     }
@@ -152,21 +153,22 @@ impl Load {
     /// How many of a tier leave its queue in a second, once it has been busy for long enough to
     /// tell.
     pub(in crate::routing) fn drain(&self, tier: u8, budget_us: u64) -> Option<f64> {
-        let (window, tier) = (nearest(budget_us), usize::from(tier).min(TIERS - 1));
-        let long = self.busy_ms[tier].load(Relaxed) >= WINDOWS_MS[window] / 4;
-        // The best of the windows up to its own: when a burst is over, the short one says so first.
-        // (The shortest says nothing of a tier that a few leave in a second.)
-        let windows = &self.drains[window.min(1)..=window];
+        let (window, tier) = (longest(budget_us), usize::from(tier).min(TIERS - 1));
+        let long = self.busy_ms[tier].load(Relaxed) >= WINDOWS_MS[window - 1] / 4;
+        // The best of the windows: when a burst is over, the short one says so first. (The shortest
+        // says nothing of a tier that a few leave in a second.)
+        let windows = &self.drains[(window - 1).min(1)..=window];
         let best = windows.iter().map(|drains| drains[tier].load(Relaxed)).max();
         long.then(|| f64::from(best.unwrap_or(0)) / 1_000.0)
     }
 }
 
-fn nearest(budget_us: u64) -> usize {
-    let windows = WINDOWS_MS.iter().enumerate();
+/// The last window to look at: the one after that which is nearest to the budget, so never the first.
+fn longest(budget_us: u64) -> usize {
+    let windows = WINDOWS_MS[..WINDOWS_MS.len() - 1].iter().enumerate();
     windows
         .min_by_key(|(_, window)| (**window * 1_000).abs_diff(budget_us))
-        .map_or(0, |(index, _)| index)
+        .map_or(1, |(index, _)| index + 1)
 }
 
 fn follow(rates: &[[AtomicU32; TIERS]], tier: usize, new: u64, passed: u64) {

@@ -30,10 +30,6 @@ const LOGGED_PER_TICK: u32 = 5;
 /// overload a slot is free now and then.
 const LEFT_MIN: f64 = 0.005;
 
-/// What higher tiers leave varies from second to second: a no after the whole budget is the worst
-/// answer of all.
-const LEAVING_VARIES: f64 = 1.5;
-
 /// When higher tiers take more than this, what really leaves a lower one's queue is looked at: a
 /// percent of error in what they take is then most of what is left.
 const SUSTAINED: f64 = 0.85;
@@ -164,14 +160,14 @@ impl PoolQos {
     /// How long it would wait, in microseconds.
     fn predict(&self, inner: &Inner, entry: &Entry) -> u64 {
         let Waiter { tier, order, deadline, since, backend, .. } = entry.waiter;
-        let slots = self.slots.load(Relaxed).max(1);
-        let (common, own) = inner.lanes.ahead(tier, order, backend);
-        // Nobody comes before tier 0 later on, so what is ahead of it is all there is: there the sum is
-        // not doubled. A wrong no would break a promise for certain, a wrong yes breaks it seldom.
-        let sum_of = |count| match tier {
-            0 => self.holds.likely_sum_of(count),
-            _ => self.holds.sum_of(count),
+        // 0: not all backends have a limit, and who waits does so for its own.
+        let slots = match self.slots.load(Relaxed) {
+            0 => entry.own_slots.max(1),
+            slots => slots,
         };
+        let (common, own) = inner.lanes.ahead(tier, order, backend);
+        // No caution is added below: a wrong no breaks a promise for certain, a wrong yes seldom.
+        let sum_of = |count| self.holds.sum_of(count);
         let turns = match backend {
             None => sum_of(f64::from(common + 1)) / f64::from(slots),
             Some(_) => {
@@ -189,7 +185,7 @@ impl PoolQos {
         {
             // What was seen to leave says more than what is thought to come before.
             let turns = f64::from(common + own) * 1_000_000.0;
-            wait = wait.max(turns / drain.max(0.01) * LEAVING_VARIES);
+            wait = wait.max(turns / drain.max(0.01));
         }
         if entry.share > 0 {
             let kept = self.holds.p90() as f64 / f64::from(slots) * 100.0 / f64::from(entry.share);
@@ -202,20 +198,18 @@ impl PoolQos {
     /// Whether a request may wait: its predicted wait, in microseconds.
     pub(in crate::routing) fn admit(
         &self,
-        inner: &mut Inner,
+        inner: &Inner,
         wanted: Wanted<'_>,
         entry: &Entry,
     ) -> Result<u64, (No, u64)> {
         let class = entry.waiter.class;
         if wanted.fifo {
             if inner.lanes.len() >= FIFO_MAX {
-                inner.figures(class).refused_full += 1;
                 return Err((No::Full, 0));
             }
             return Ok(0);
         }
         if inner.lanes.of_class(class) >= entry.queue_max {
-            inner.figures(class).refused_full += 1;
             return Err((No::Full, 0));
         }
         let wait = self.predict(inner, entry);
@@ -223,7 +217,6 @@ impl PoolQos {
         // Where nine in ten do not fit into the budget, better half of it than nobody at all.
         let service = self.answers.p90().min(self.answers.p50().max(left / 2));
         if wait + service > left {
-            inner.figures(class).refused_predicted += 1;
             return Err((No::Predicted, wait));
         }
         Ok(wait)
@@ -233,6 +226,14 @@ impl PoolQos {
     pub(in crate::routing) fn enqueue(&self, inner: &mut Inner, waiter: Waiter) -> Place {
         inner.figures(waiter.class).queued += 1;
         inner.lanes.push(waiter)
+    }
+
+    /// Takes one out that was let in for a free slot only, and did not get it. Under the lock.
+    pub(in crate::routing) fn turn_away(&self, inner: &mut Inner, place: Place) {
+        if let Some(waiter) = inner.lanes.remove(place) {
+            inner.figures(waiter.class).queued -= 1;
+            self.renounce();
+        }
     }
 
     /// Takes one out that does not want to wait any more; whether it still did.
@@ -385,6 +386,15 @@ impl Inner {
             self.figures.resize_with(class + 1, ClassFigures::default);
         }
         &mut self.figures[class]
+    }
+
+    /// Counts one that is not let in.
+    pub(in crate::routing) fn count_no(&mut self, class: ClassId, no: No) {
+        let figures = self.figures(class);
+        match no {
+            No::Full => figures.refused_full += 1,
+            No::Predicted => figures.refused_predicted += 1,
+        }
     }
 
     fn too_late(&mut self, waiter: &Waiter) {

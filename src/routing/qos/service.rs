@@ -122,17 +122,9 @@ impl ServiceTimes {
 
     /// What so many of them take one after the other, so that nine times in ten it is less, if they
     /// are as those before were.
-    pub(in crate::routing) fn likely_sum_of(&self, count: f64) -> f64 {
-        let (mean, deviation) = (self.mean() as f64, self.deviation_us.load(Relaxed) as f64);
-        (count * self.p90() as f64).min(count * mean + 1.28 * deviation * count.sqrt())
-    }
-
-    /// What so many of them take one after the other, so that nine times in ten it is less: the sum
-    /// of their p90, or twice what the law of large numbers leaves of it.
     pub(in crate::routing) fn sum_of(&self, count: f64) -> f64 {
         let (mean, deviation) = (self.mean() as f64, self.deviation_us.load(Relaxed) as f64);
-        let likely = count * mean + 1.28 * deviation * count.sqrt();
-        (count * self.p90() as f64).min(2.0 * likely)
+        (count * self.p90() as f64).min(count * mean + 1.28 * deviation * count.sqrt())
     }
 
     pub(in crate::routing) fn mean(&self) -> u64 {

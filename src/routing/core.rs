@@ -366,7 +366,8 @@ impl Core {
                 backend.live.review_window(clock, pool.spec.slow_start);
             }
             pool.review_slots(clock);
-            pool.live.qos.review(clock);
+            let (held, ended) = self.review_held(pool);
+            pool.live.qos.review(clock, held, ended);
             self.serve_pool(now, pool);
             self.displace_late(now, pool);
             if pool.live.qos.urgent_bites_first() {
@@ -638,6 +639,14 @@ impl Core {
     ) -> Learned {
         let ttl = whole_seconds(ttl);
         self.table.hold(session.keyed, backend, class, seconds(self.clock(now)), ttl)
+    }
+
+    /// How many slots of a pool are held by sessions, and how many they gave back since the last look.
+    fn review_held(&self, pool: &Pool) -> (u32, u32) {
+        pool.backends().fold((0, 0), |(held, ended), backend| {
+            let released = backend.live.released_since(self.table.released_by(backend.id));
+            (held + self.held_by(backend.id), ended + released)
+        })
     }
 
     /// How many sessions hold a slot of the backend.

@@ -55,6 +55,8 @@ pub struct BackendLive {
     lanes_introducing: AtomicU32,
     /// How many of its links are congested.
     congested: AtomicU32,
+    /// How many slots its sessions had given back when that was looked at last.
+    released: AtomicU32,
     /// When it answered last.
     answered_at: AtomicU64,
     /// The number that grows when it starts anew; 0: none was told.
@@ -318,6 +320,11 @@ impl BackendLive {
     #[must_use]
     pub fn load(&self) -> Option<u32> {
         self.load.load(Relaxed).checked_sub(1)
+    }
+
+    /// How many slots sessions gave back since the last look. By one caller.
+    pub(super) fn released_since(&self, released: u32) -> u32 {
+        released.wrapping_sub(self.released.swap(released, Relaxed))
     }
 
     /// The queue of one of its links is full, or no longer.

@@ -104,6 +104,8 @@ pub struct SessionTable {
     counts: SessionCounts,
     holders: Holders,
     held: SessionCounts,
+    /// Slots that were held, since the start, modulo 2^32.
+    released: SessionCounts,
     swept: AtomicU64,
     classes: [AtomicU64; CLASSES_COUNTED],
     created: AtomicU64,
@@ -132,6 +134,7 @@ impl SessionTable {
             counts: SessionCounts::default(),
             holders: Holders::default(),
             held: SessionCounts::default(),
+            released: SessionCounts::default(),
             swept: AtomicU64::new(0),
             classes: Default::default(),
             created: AtomicU64::new(0),
@@ -273,6 +276,9 @@ impl SessionTable {
         }
         if old.is_held() {
             self.held.remove(old.backend());
+            if !new.is_held() || new.backend() != old.backend() {
+                self.released.add(old.backend());
+            }
         }
         if new.is_held() {
             self.held.add(new.backend());
@@ -334,6 +340,11 @@ impl SessionTable {
         self.held.get(backend)
     }
 
+    /// How many of a backend's slots sessions have given back since the start, modulo 2^32.
+    pub fn released_by(&self, backend: BackendId) -> u32 {
+        self.released.get(backend) as u32
+    }
+
     /// How many slots there are.
     pub fn capacity(&self) -> usize {
         self.buckets_per_shard * BUCKET * SHARDS
@@ -367,6 +378,7 @@ impl SessionTable {
         self.uncount(slot);
         if slot.is_held() {
             self.held.remove(slot.backend());
+            self.released.add(slot.backend());
         }
     }
 

@@ -7,7 +7,7 @@ use strowger_contract::{
     Attempt, BackendId, Class, ClassId, Outcome, Pin, Query, Refusal, Router, Verdict,
 };
 
-use super::support::{World, backend, backends, pin, plain};
+use super::support::{TTL, World, backend, backends, pin, plain};
 
 fn ask(
     world: &mut World,
@@ -96,4 +96,58 @@ fn whoever_goes_on_is_not_counted_as_refused() {
     let (_, setup) = view.qos.classes.first().expect("setup waited");
     assert_eq!((setup.refused_full, setup.refused_predicted, setup.refused_late), (0, 0, 0));
     assert_eq!(setup.queued, setup.granted + setup.withdrawn + u64::from(setup.waiting));
+}
+
+/// One call: answered soon after it was let in, it holds its slot from then on.
+fn calls(world: &mut World, number: u64) -> bool {
+    let Verdict::Go(route) = ask(world, number, Attempt::First, &[], (None, false)) else {
+        return false;
+    };
+    let (now, key) = (world.now(), world.key(number));
+    let latency = Duration::from_millis(50);
+    world.router.hold(now, key, route.backend, ClassId::SETUP, TTL);
+    world.router.outcome(now, route.backend, Outcome::Answered { latency });
+    true
+}
+
+/// All slots are held by calls: who would have to wait for longer than it has hears so at once, and not
+/// after its time; who need not is let in.
+#[test]
+fn slots_that_calls_hold_are_waited_for_as_long_as_calls_last() {
+    let pool = plain(vec![strowger::routing::BackendSpec { capacity: Some(10), ..backend(0) }]);
+    let mut world = World::new(&pool);
+    let spec =
+        SnapshotSpec { pools: vec![pool], classes: Class::built_in(), ..SnapshotSpec::default() };
+    world.core.apply(world.now(), spec);
+    world.router.refresh();
+    world.tick();
+    let mut next = 0..u64::MAX;
+    // Calls end twice in a second, and others take their place: a wait is half a second in the mean.
+    for _ in 0..10 {
+        assert!(calls(&mut world, next.next().expect("a number")));
+    }
+    let mut oldest = 0;
+    for tick in 0..300 {
+        if tick % 5 == 0 {
+            let (now, key) = (world.now(), world.key(oldest));
+            world.router.forget(now, key);
+            oldest += 1;
+            assert!(calls(&mut world, next.next().expect("a number")), "a slot is free");
+        }
+        world.tick();
+    }
+    let number = next.next().expect("a number");
+    let Verdict::Wait(ticket) = ask(&mut world, number, Attempt::First, &[], (None, false)) else {
+        panic!("one ends in half a second, and it has one")
+    };
+    let now = world.now();
+    world.router.withdraw(now, ticket);
+    // They last now, and none ends.
+    world.pass(60_000);
+    let number = next.next().expect("a number");
+    let verdict = ask(&mut world, number, Attempt::First, &[], (None, false));
+    assert!(is_denied(verdict), "{verdict:?}");
+    // What is within a call takes a slot of its own, and is let in.
+    let within = ask(&mut world, number, Attempt::First, &[], (Some(pin(0)), true));
+    assert!(matches!(within, Verdict::Go(_)), "{within:?}");
 }

@@ -79,6 +79,11 @@ impl Load {
         self.arrived[usize::from(tier).min(TIERS - 1)].fetch_add(1, Relaxed);
     }
 
+    /// How many of the tiers behind the first were let in since the start.
+    pub(in crate::routing) fn admitted_behind_first(&self) -> u64 {
+        self.arrived[1..].iter().map(|count| count.load(Relaxed)).sum()
+    }
+
     /// A request that was refused: at the door, or after it had been let in.
     pub(in crate::routing) fn refused(&self, after_wait: bool) {
         let refusals = &self.refusals;

@@ -9,6 +9,7 @@
 //! | `load` | what higher tiers take |
 //! | `limit` | the adaptive limit of a backend |
 //! | `retry` | the retry budget of a pool |
+//! | `sessions` | slots that sessions hold, and how they come back |
 
 mod desk;
 mod figures;
@@ -18,6 +19,7 @@ mod load;
 mod queue;
 mod retry;
 mod service;
+mod sessions;
 
 pub use desk::Waker;
 pub(super) use desk::{Desk, Settled};

@@ -19,6 +19,7 @@ use super::lanes::{Lanes, Place, TIERS, Waiter};
 use super::load::Load;
 use super::retry::RetryBudget;
 use super::service::ServiceTimes;
+use super::sessions::Sessions;
 
 /// Requests that wait in a FIFO pool, at most.
 const FIFO_MAX: usize = 65_536;
@@ -45,6 +46,7 @@ pub(in crate::routing) struct PoolQos {
     /// From taking a slot to giving it back.
     pub(in crate::routing) holds: ServiceTimes,
     pub(in crate::routing) load: Load,
+    sessions: Sessions,
     pub(in crate::routing) retry: RetryBudget,
     pub(in crate::routing) retries_denied: AtomicU64,
     slots: AtomicU32,
@@ -148,8 +150,10 @@ impl PoolQos {
         self.is_busy() && self.lock().lanes.urgent_full > 0 && self.bites_first(BOUND_URGENT)
     }
 
-    /// Once per tick of the core.
-    pub(in crate::routing) fn review(&self, now_ms: u64) {
+    /// Once per tick of the core. `held`: the slots that sessions hold, `ended`: how many were given back
+    /// since the last tick.
+    pub(in crate::routing) fn review(&self, now_ms: u64, held: u32, ended: u32) {
+        self.sessions.review(now_ms, held, ended, self.load.admitted_behind_first());
         self.answers.review();
         self.holds.review();
         let waiting = if self.is_busy() { self.lock().lanes.of_tiers() } else { [0; TIERS] };
@@ -169,7 +173,12 @@ impl PoolQos {
         // No caution is added below: a wrong no breaks a promise for certain, a wrong yes seldom.
         let sum_of = |count| self.holds.sum_of(count);
         let turns = match backend {
-            None => sum_of(f64::from(common + 1)) / f64::from(slots),
+            None => {
+                let count = f64::from(common + 1);
+                let sum = sum_of(count);
+                let by_sessions = self.sessions.wait(count, sum, slots);
+                by_sessions.unwrap_or_else(|| sum / f64::from(slots))
+            }
             Some(_) => {
                 // Its backend's share of what all may take, and what only it may take.
                 let own_slots = f64::from(entry.own_slots.max(1));

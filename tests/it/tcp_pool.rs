@@ -91,7 +91,7 @@ fn held(streams: Vec<TcpStream>, go_on: &Arc<AtomicBool>) -> Vec<tokio::task::Jo
     streams.into_iter().enumerate().map(speak).collect()
 }
 
-/// So many new connections: all within 5 % of an equal share.
+/// So many new connections: all within 5 % of an equal share, or two.
 async fn evenly(port: u16, count: usize, among: usize) -> Vec<(TcpStream, u8)> {
     let mut streams = Vec::new();
     for _ in 0..count {
@@ -100,8 +100,11 @@ async fn evenly(port: u16, count: usize, among: usize) -> Vec<(TcpStream, u8)> {
     let share = count / among;
     for name in (b'a'..).take(among) {
         let has = streams.iter().filter(|(_, on)| *on == name).count();
-        let away = has.abs_diff(share) * 100;
-        assert!(away <= 5 * share, "{}: {has} of {count}, {share} wanted", char::from(name));
+        // Each of two workers has its own turn, and begins anew if a snapshot comes in between: two are
+        // nobody's fault.
+        let away = has.abs_diff(share);
+        let may = (share * 5 / 100).max(2);
+        assert!(away <= may, "{}: {has} of {count}, {share} wanted", char::from(name));
     }
     assert!(streams.iter().all(|(_, on)| usize::from(on - b'a') < among), "a gone one got some");
     streams

@@ -156,9 +156,6 @@ impl SipEngine {
         let Some(transaction) = self.transactions.get(slot) else { return };
         let (state, invite, method, hedged) =
             (transaction.state, transaction.is_invite(), transaction.method, transaction.hedged);
-        let (session, class) = (transaction.session, transaction.class);
-        let begins_call =
-            invite && transaction.creates_dialog && self.settings.options.record_route;
         let Some(leg) = transaction.leg(at.1) else { return };
         let late = leg.abandoned;
         let backend = leg.backend;
@@ -170,26 +167,18 @@ impl SipEngine {
         if state == State::Open {
             // Before its slot is given back: the call's is free as well for whoever waits.
             self.bye_ended(now, slot, (code, false), router, out);
-            // Nor must it go to one that waits before the call has taken it.
-            if begins_call
-                && let Some(backend) = backend
-                && let Some(pool) = router.backend(backend).map(|view| view.pool)
-            {
-                let ttl = self.session_time(message.bytes, scan, pool, router);
-                router.hold(now, session, backend, class, ttl);
+        } else {
+            if invite {
+                self.call_answered_again(now, at, message.bytes, scan, router, out);
             }
-        }
-        self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
-        if state != State::Open {
+            self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
             if !invite {
                 return out.drop_message(repeated(late, hedged));
             }
             // RFC 3261 16.7 step 5: a 2xx is always passed on, also behind another answer.
-            self.call_answered_again(now, at, message.bytes, scan, router, out);
             return self.relay_beside(slot, message.bytes, scan, router, out);
         }
         self.is_race_on(at, false);
-        self.settle_others(now, slot, router);
         self.cancel_legs(now, slot, Some(at.1), out);
         let Some(transaction) = self.transactions.get(slot) else { return };
         transaction.answered_by = backend;
@@ -212,6 +201,9 @@ impl SipEngine {
         }
         out.note(Note::Answer { method: method.word(), class: 2, backend });
         self.call_answered(now, slot, message.bytes, scan, router, out);
+        // Not before the call has taken its slot: whoever waits would get it in between.
+        self.settle_leg(now, slot, at.1, Verdicts::Answered, router);
+        self.settle_others(now, slot, router);
         self.bind(now, slot, message.bytes, scan, router);
         self.relay(slot, message.bytes, scan, router, out);
         self.note_attempt(now, slot, code, false, out);

@@ -34,10 +34,9 @@ pub struct Query<'a> {
 }
 
 /// What a question is to the router's accounts.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
     /// A request that was not asked for before: it arrives, and earns the pool a part of a retry.
-    #[default]
     First,
     /// The same try is asked for anew, since where it was to go is passed over: it is in the accounts
     /// already.

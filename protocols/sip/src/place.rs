@@ -15,6 +15,7 @@ use crate::engine::{Settings, SipEngine};
 use crate::flow::ClientFlow;
 use crate::lookup::by_contact;
 use crate::pace::Excluded;
+use crate::requests::SOON;
 use crate::respond::Answer;
 use crate::scan::{Scan, Start};
 use crate::send::{Origin, forward};
@@ -176,7 +177,7 @@ impl SipEngine {
             let why = if self.settings.bars(request, scan, wanted, route.transport) {
                 Refusal::NoCapability
             } else if self.overload.is_left_out(now, route.backend, class, in_session) {
-                Refusal::Overloaded { retry_after: std::time::Duration::from_millis(1_500) }
+                Refusal::Overloaded { retry_after: SOON }
             } else {
                 break;
             };

@@ -115,7 +115,8 @@ impl SipEngine {
         }
         if self.transactions.len() >= self.settings.options.max_transactions as usize {
             out.note(Note::Count("sip_transactions_limit"));
-            let answer = Answer { retry_after: SOON, ..Answer::new(503, "Too Many Transactions") };
+            let answer =
+                Answer { retry_after: Some(SOON), ..Answer::new(503, "Too Many Transactions") };
             return self.refuse(now, incoming, class, &answer, out);
         }
         self.begin(now, incoming, &target, class, in_dialog, router, out);
@@ -540,7 +541,7 @@ pub(crate) fn note_refused(
 }
 
 /// When those may come again who are refused for what passes soon: in one second or two.
-pub(crate) const SOON: Option<Duration> = Some(Duration::from_millis(1_500));
+pub(crate) const SOON: Duration = Duration::from_millis(1_500);
 
 impl SipEngine {
     /// A refusal in SIP's words.
@@ -550,9 +551,9 @@ impl SipEngine {
             Refusal::Overloaded { retry_after } => {
                 Answer { retry_after: Some(retry_after), ..Answer::new(503, "Overloaded") }
             }
-            Refusal::TooLate => Answer { retry_after: SOON, ..Answer::new(503, "Too Late") },
+            Refusal::TooLate => Answer { retry_after: Some(SOON), ..Answer::new(503, "Too Late") },
             Refusal::ShuttingDown => {
-                Answer { retry_after: SOON, ..Answer::new(503, "Shutting Down") }
+                Answer { retry_after: Some(SOON), ..Answer::new(503, "Shutting Down") }
             }
             _ => {
                 let wanted = &self.settings.options.unavailable;

@@ -11,6 +11,7 @@ use crate::engine::SipEngine;
 use crate::incoming::{Incoming, loop_hash, session_key};
 use crate::method::Method;
 use crate::place::{NextHop, not_secure};
+use crate::requests::SOON;
 use crate::respond::Answer;
 use crate::send::{Origin, forward};
 use crate::target::{Hop, Target};
@@ -62,8 +63,7 @@ impl SipEngine {
                         ) =>
                     {
                         out.note(Note::Count("sip_oc_left_out"));
-                        let refusal =
-                            Refusal::Overloaded { retry_after: Duration::from_millis(1_500) };
+                        let refusal = Refusal::Overloaded { retry_after: SOON };
                         out.note(Note::Refused(class, refusal));
                         return self.refuse(now, incoming, class, &self.answer_for(refusal), out);
                     }

@@ -42,7 +42,7 @@ struct Refusals {
 
 /// What neighbours are told is of about so many milliseconds: shorter looks would have them swing,
 /// longer ones tell of what is over.
-const TOLD_OVER_MS: f64 = 1_000.0;
+const TOLD_OVER_MS: u64 = 1_000;
 
 impl Refusals {
     fn review(&self, admitted: u64, passed_ms: u64, first: bool) {
@@ -53,14 +53,8 @@ impl Refusals {
         if first {
             return;
         }
-        let fades = 1.0 - (-(passed_ms as f64) / TOLD_OVER_MS).exp();
-        for (place, count) in
-            [(&self.refused, new[0] + new[1]), (&self.taken, new[2].saturating_sub(new[1]))]
-        {
-            let (before, rate) =
-                (f64::from(place.load(Relaxed)), (count * 1_000_000 / passed_ms) as f64);
-            place.store((before + (rate - before) * fades) as u32, Relaxed);
-        }
+        approach(&self.refused, new[0] + new[1], passed_ms, TOLD_OVER_MS);
+        approach(&self.taken, new[2].saturating_sub(new[1]), passed_ms, TOLD_OVER_MS);
     }
 
     fn told(&self) -> PoolLoad {
@@ -177,14 +171,22 @@ fn longest(budget_us: u64) -> usize {
 }
 
 fn follow(rates: &[[AtomicU32; TIERS]], tier: usize, new: u64, passed: u64) {
-    let rate = (new * 1_000_000 / passed) as f64;
     for (window, rates) in WINDOWS_MS.iter().zip(rates) {
-        let before = f64::from(rates[tier].load(Relaxed));
-        // What begins is not averaged with the nothing before it.
-        let fades = 1.0 - (-(passed as f64) / *window as f64).exp();
-        let weight = if before == 0.0 { 1.0 } else { fades };
-        rates[tier].store((before + (rate - before) * weight) as u32, Relaxed);
+        let place = &rates[tier];
+        if place.load(Relaxed) == 0 {
+            // What begins is not averaged with the nothing before it.
+            place.store((new * 1_000_000 / passed) as u32, Relaxed);
+        } else {
+            approach(place, new, passed, *window);
+        }
     }
+}
+
+/// Lets a rate, per second and thousandth, follow what was new in the time that passed, over a window.
+pub(super) fn approach(place: &AtomicU32, new: u64, passed_ms: u64, window_ms: u64) {
+    let (before, rate) = (f64::from(place.load(Relaxed)), (new * 1_000_000 / passed_ms) as f64);
+    let fades = 1.0 - (-(passed_ms as f64) / window_ms as f64).exp();
+    place.store((before + (rate - before) * fades) as u32, Relaxed);
 }
 
 #[cfg(test)]

@@ -171,11 +171,10 @@ impl PoolQos {
         };
         let (common, own) = inner.lanes.ahead(tier, order, backend);
         // No caution is added below: a wrong no breaks a promise for certain, a wrong yes seldom.
-        let sum_of = |count| self.holds.sum_of(count);
         let turns = match backend {
             None => {
                 let count = f64::from(common + 1);
-                let sum = sum_of(count);
+                let sum = self.holds.sum_of(count);
                 let by_sessions = self.sessions.wait(count, sum, slots);
                 by_sessions.unwrap_or_else(|| sum / f64::from(slots))
             }
@@ -183,7 +182,7 @@ impl PoolQos {
                 // Its backend's share of what all may take, and what only it may take.
                 let own_slots = f64::from(entry.own_slots.max(1));
                 let share = f64::from(common) * (own_slots / f64::from(slots)).min(1.0);
-                sum_of(share + f64::from(own + 1)) / own_slots
+                self.holds.sum_of(share + f64::from(own + 1)) / own_slots
             }
         };
         let budget = deadline.saturating_sub(since);

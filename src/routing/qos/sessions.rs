@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
+use super::load::approach;
+
 /// Over so many milliseconds the ends of sessions are averaged: when many end at once, the shorter
 /// one says so first.
 const ENDS_MS: [u64; 2] = [2_000, 15_000];
@@ -39,10 +41,10 @@ impl Sessions {
         }
         let begun = (i64::from(held) - i64::from(before) + i64::from(ended)).max(0) as u64;
         for (place, window) in self.ends.iter().zip(ENDS_MS) {
-            follow(place, u64::from(ended), passed, window);
+            approach(place, u64::from(ended), passed, window);
         }
-        follow(&self.begins, begun, passed, KEPT_MS);
-        follow(&self.admitted, new, passed, KEPT_MS);
+        approach(&self.begins, begun, passed, KEPT_MS);
+        approach(&self.admitted, new, passed, KEPT_MS);
     }
 
     /// How long `count` slots take to become free, in microseconds, if one after the other they would take
@@ -61,13 +63,6 @@ impl Sessions {
         // A day stands for never.
         Some((count / per_second.max(1e-9) * 1e6).min(86_400e6))
     }
-}
-
-fn follow(place: &AtomicU32, new: u64, passed_ms: u64, window_ms: u64) {
-    let before = f64::from(place.load(Relaxed));
-    let rate = (new * 1_000_000 / passed_ms) as f64;
-    let fades = 1.0 - (-(passed_ms as f64) / window_ms as f64).exp();
-    place.store((before + (rate - before) * fades) as u32, Relaxed);
 }
 
 #[cfg(test)]

@@ -16,19 +16,8 @@ fn ask(
     exclude: &[BackendId],
     to: (Option<Pin>, bool),
 ) -> Verdict {
-    let query = Query {
-        pool: world.pool,
-        session: world.key(number),
-        pin: to.0,
-        in_session: to.1,
-        awaits: true,
-        class: ClassId::SETUP,
-        deadline: world.now() + Duration::from_secs(1),
-        capability: 0,
-        exclude,
-        attempt,
-    };
-    world.router.route(world.now(), &query)
+    let fresh = world.query(number, Duration::from_secs(1));
+    world.route(&Query { pin: to.0, in_session: to.1, exclude, attempt, ..fresh })
 }
 
 fn is_denied(verdict: Verdict) -> bool {

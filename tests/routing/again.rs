@@ -19,19 +19,8 @@ impl World {
         budget: Duration,
         exclude: &[BackendId],
     ) -> Verdict {
-        let query = Query {
-            pool: self.pool,
-            session: self.key(number),
-            pin: None,
-            in_session: false,
-            awaits: true,
-            class,
-            deadline: self.now() + budget,
-            capability: 0,
-            exclude,
-            attempt: if exclude.is_empty() { Attempt::First } else { Attempt::Retry },
-        };
-        self.router.route(self.now(), &query)
+        let attempt = if exclude.is_empty() { Attempt::First } else { Attempt::Retry };
+        self.route(&Query { class, exclude, attempt, ..self.query(number, budget) })
     }
 
     fn queues(&mut self, number: u64, budget: Duration, exclude: &[BackendId]) -> Ticket {

@@ -4,8 +4,7 @@ use std::time::{Duration, Instant};
 
 use strowger::routing::{Grant, PoolSpec};
 use strowger_contract::{
-    Attempt, BackendId, ClassId, CloseCause, Link, Outcome, Pin, Query, Refusal, Router, Ticket,
-    Verdict,
+    Attempt, BackendId, CloseCause, Link, Outcome, Pin, Query, Refusal, Router, Ticket, Verdict,
 };
 
 use super::support::{POOL, World, backends, pin, plain};
@@ -29,19 +28,9 @@ impl World {
         in_session: bool,
         exclude: &[BackendId],
     ) -> Verdict {
-        let query = Query {
-            pool: self.pool,
-            session: self.key(number),
-            pin,
-            in_session,
-            awaits: true,
-            class: ClassId::SETUP,
-            deadline: self.now() + Duration::from_secs(5),
-            capability: 0,
-            exclude,
-            attempt: if exclude.is_empty() { Attempt::First } else { Attempt::Retry },
-        };
-        self.router.route(self.now(), &query)
+        let attempt = if exclude.is_empty() { Attempt::First } else { Attempt::Retry };
+        let fresh = self.query(number, Duration::from_secs(5));
+        self.route(&Query { pin, in_session, exclude, attempt, ..fresh })
     }
 
     /// One that must wait.

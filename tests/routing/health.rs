@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use strowger::routing::{Balance, Grant};
-use strowger_contract::{Attempt, ClassId, Outcome, Query, Refusal, RouteReason, Router, Verdict};
+use strowger_contract::{Outcome, Refusal, RouteReason, Router, Verdict};
 
 use crate::support::{POOL, World, backends, pin, plain};
 
@@ -206,19 +206,8 @@ fn a_lost_engine_gives_back_what_it_had_in_flight() {
 fn a_backend_whose_agent_says_full_gets_no_more_until_it_says_otherwise() {
     let mut world = World::new(&plain(backends(1)));
     let ask = |world: &mut World, number| {
-        let query = Query {
-            pool: world.pool,
-            session: world.key(number),
-            pin: None,
-            in_session: false,
-            awaits: true,
-            class: ClassId::SETUP,
-            deadline: world.now() + Duration::from_millis(500),
-            capability: 0,
-            exclude: &[],
-            attempt: Attempt::First,
-        };
-        world.router.route(world.now(), &query)
+        let query = world.query(number, Duration::from_millis(500));
+        world.route(&query)
     };
     for number in 0..4 {
         assert!(matches!(ask(&mut world, number), Verdict::Go(_)));

@@ -149,19 +149,27 @@ impl World {
         in_session: bool,
         awaits: bool,
     ) -> Verdict {
-        let query = Query {
+        self.route(&Query { pin, in_session, awaits, ..self.query(number, Duration::ZERO) })
+    }
+
+    /// A question for a new session of that number, with so much time left, to be changed as a test wants.
+    pub(crate) fn query(&self, number: u64, budget: Duration) -> Query<'static> {
+        Query {
             pool: self.pool,
             session: self.key(number),
-            pin,
-            in_session,
-            awaits,
+            pin: None,
+            in_session: false,
+            awaits: true,
             class: ClassId::SETUP,
-            deadline: self.now(),
+            deadline: self.now() + budget,
             capability: 0,
             exclude: &[],
             attempt: Attempt::First,
-        };
-        self.router.route(self.now(), &query)
+        }
+    }
+
+    pub(crate) fn route(&mut self, query: &Query<'_>) -> Verdict {
+        self.router.route(self.now(), query)
     }
 
     /// Where a new session of that number would go now.
